@@ -1,0 +1,207 @@
+"""The IEBN layers, and how timm gets to know them by the name `iebn`."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from timm.layers import create_norm, create_norm_act
+from timm.layers._fx import register_notrace_module
+from timm.layers.norm_act import _create_act
+from timm.layers.typing import LayerType
+from torch import Tensor, nn
+
+from .ops import iebn, iebn_scriptable
+
+torch.fx.wrap("iebn")  # a symbolic trace keeps the call whole: it branches on shapes and flags
+
+GATE_BIAS_INIT = -1.0  # the authors' start: every gate is sigmoid(-1) = 0.2689
+
+
+@register_notrace_module
+class IEBN2d(nn.BatchNorm2d):
+    r"""Instance Enhancement Batch Normalization over (N, C, H, W), from arXiv 1908.04008.
+
+    .. math::
+        y = \text{weight}_c \, \sigma(\text{gate\_weight}_c \, m_{nc} + \text{gate\_bias}_c)
+            \, \frac{x - \mu_c}{\sqrt{v_c + \epsilon}} + \text{bias}_c
+
+    where :math:`m_{nc}` is the mean of one channel of one input image. The arguments are those of
+    :class:`torch.nn.BatchNorm2d`; ``affine=False`` leaves out ``weight`` and ``bias`` and keeps the gate.
+
+    Parameters, each (C,): ``weight`` = 1, ``bias`` = 0, ``gate_weight`` = 0, ``gate_bias`` = -1.
+    Buffers are batch norm's. The output has the input's dtype; statistics and gates are computed in float32 or wider.
+
+    It is a ``BatchNorm2d``, so that tools which look for one to reset, skip or average its statistics find it. But ``eps`` can't
+    be read: everything that would rebuild a layer as plain batch norm or fold it into a convolution reads it, and
+    would lose the gate without a word. See ``timm_iebn.convert_sync_batchnorm``, ``freeze_batch_norm_2d`` and
+    ``convert_iebn_to_bn`` for the ways that keep the gate.
+
+    Raises:
+        ValueError: ``num_features`` < 1; input not 4D; training with a single value per channel.
+        RuntimeError: input with another number of channels.
+        NotImplementedError: input that is not floating point.
+    """
+
+    __constants__ = ["num_features", "momentum", "affine", "track_running_stats", "_eps"]
+    __jit_ignored_attributes__ = __jit_unused_properties__ = ["eps"]
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if num_features < 1:
+            raise ValueError(f"num_features must be at least 1, got {num_features}")
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        self.gate_weight = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype))
+        self.gate_bias = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype))
+        self.frozen = False
+        self.sync = False
+        self.process_group: dist.ProcessGroup | None = None
+        self.reset_gate()
+
+    @property
+    def eps(self) -> float:
+        raise TypeError(
+            f"{type(self).__name__}.eps is not readable, because code that reads it is about to treat the layer as "
+            "plain batch norm and to drop its gate. To synchronise or freeze, use timm_iebn.convert_sync_batchnorm or "
+            "timm_iebn.freeze_batch_norm_2d; to fuse, timm_iebn.convert_iebn_to_bn first, which checks that the gates "
+            "are neutral. The value itself is `_eps`."
+        )
+
+    @eps.setter
+    def eps(self, value: float) -> None:
+        self._eps = value
+
+    def reset_gate(self) -> None:
+        """Sets the gate to the authors' start, sigmoid(-1) for every image."""
+        nn.init.zeros_(self.gate_weight)
+        nn.init.constant_(self.gate_bias, GATE_BIAS_INIT)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if "gate_weight" in self._parameters:  # batch norm's constructor calls this before there are gates
+            self.reset_gate()
+
+    def extra_repr(self) -> str:
+        state = "".join(f", {flag}=True" for flag in ("frozen", "sync") if getattr(self, flag))
+        return (
+            f"{self.num_features}, eps={self._eps}, momentum={self.momentum}, affine={self.affine}, "
+            f"track_running_stats={self.track_running_stats}{state}"
+        )
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        gates = [prefix + "gate_weight", prefix + "gate_bias"]
+        missing = [key for key in gates if key not in state_dict]
+        if missing and any(prefix + name in state_dict for name in ("weight", "bias", "running_mean", *gates)):
+            # not left to `strict`: a network that runs with untrained gates looks loaded
+            error_msgs.append(
+                f"{' and '.join(missing)} missing: the checkpoint has a norm without a gate here. To start IEBN from "
+                "batch-norm weights, load them into the batch-norm network and call timm_iebn.convert_bn_to_iebn."
+            )
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _normalize(self, x: Tensor) -> Tensor:
+        training = self.training and not self.frozen
+        if torch.jit.is_scripting():
+            return iebn_scriptable(
+                x,
+                self.weight,
+                self.bias,
+                self.gate_weight,
+                self.gate_bias,
+                self.running_mean,
+                self.running_var,
+                self.num_batches_tracked,
+                training,
+                self.momentum,
+                self._eps,
+            )
+        return iebn(
+            x,
+            self.weight,
+            self.bias,
+            self.gate_weight,
+            self.gate_bias,
+            self.running_mean,
+            self.running_var,
+            self.num_batches_tracked,
+            training,
+            self.momentum,
+            self._eps,
+            self._group(),
+        )
+
+    @torch.jit.unused
+    def _group(self) -> dist.ProcessGroup | None:
+        if not self.sync or not self.training or self.frozen or not dist.is_initialized():
+            return None
+        group = self.process_group or dist.group.WORLD
+        return group if dist.get_world_size(group) > 1 else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, C, H, W), in the dtype and layout of `x`."""
+        return self._normalize(x)
+
+
+@register_notrace_module
+class IEBNAct2d(IEBN2d):
+    """IEBN followed by dropout and activation: the counterpart of timm's ``BatchNormAct2d``, with its arguments.
+
+    Networks that timm builds from norm+act layers (MobileNet, EfficientNet, DenseNet, RegNet) need this form.
+    """
+
+    eps = IEBN2d.eps  # TorchScript honours __jit_ignored_attributes__ for a class's own properties only
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        apply_act: bool = True,
+        act_layer: LayerType = nn.ReLU,
+        act_kwargs: dict[str, Any] | None = None,
+        inplace: bool = True,
+        drop_layer: type[nn.Module] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        self.drop = drop_layer() if drop_layer is not None else nn.Identity()
+        self.act = _create_act(act_layer, act_kwargs=act_kwargs, inplace=inplace, apply_act=apply_act)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, C, H, W), in the dtype and layout of `x`."""
+        return self.act(self.drop(self._normalize(x)))
+
+
+def _register_with_timm() -> None:
+    """Makes `iebn` a name that timm's builders take for `norm_layer`; timm has no public way to add one."""
+    for name in ("iebn", "iebn2d"):
+        create_norm._NORM_MAP[name] = IEBN2d
+        create_norm_act._NORM_ACT_MAP[name] = IEBNAct2d
+        create_norm_act._NORM_TO_NORM_ACT_MAP[name] = IEBNAct2d
+    create_norm._NORM_TYPES.add(IEBN2d)
+    create_norm_act._NORM_ACT_TYPES.add(IEBNAct2d)
+    create_norm_act._NORM_ACT_REQUIRES_ARG.add(IEBNAct2d)
+
+
+_register_with_timm()
