@@ -10,7 +10,7 @@ from timm.layers.norm_act import _create_act
 from timm.layers.typing import LayerType
 from torch import Tensor, nn
 
-from .ops import iebn, iebn_scriptable
+from .ops import check_input, iebn, iebn_reference
 
 torch.fx.wrap("iebn")  # a symbolic trace keeps the call whole: it branches on shapes and flags
 
@@ -119,8 +119,14 @@ class IEBN2d(nn.BatchNorm2d):
 
     def _normalize(self, x: Tensor) -> Tensor:
         training = self.training and not self.frozen
+        momentum = 0.0
+        if training and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            # without momentum the running statistics are the average over all batches so far
+            momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
         if torch.jit.is_scripting():
-            return iebn_scriptable(
+            check_input(x, self.num_features, training)
+            return iebn_reference(
                 x,
                 self.weight,
                 self.bias,
@@ -128,9 +134,8 @@ class IEBN2d(nn.BatchNorm2d):
                 self.gate_bias,
                 self.running_mean,
                 self.running_var,
-                self.num_batches_tracked,
                 training,
-                self.momentum,
+                momentum,
                 self._eps,
             )
         return iebn(
@@ -141,9 +146,8 @@ class IEBN2d(nn.BatchNorm2d):
             self.gate_bias,
             self.running_mean,
             self.running_var,
-            self.num_batches_tracked,
             training,
-            self.momentum,
+            momentum,
             self._eps,
             self._group(),
         )
@@ -191,6 +195,44 @@ class IEBNAct2d(IEBN2d):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to (N, C, H, W), in the dtype and layout of `x`."""
         return self.act(self.drop(self._normalize(x)))
+
+
+class SyncBatchNorm2d(nn.SyncBatchNorm):
+    """`torch.nn.SyncBatchNorm` that synchronises CPU tensors too: the same kernel as IEBN with every gate open."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, C, H, W), in the dtype and layout of `x`."""
+        if x.device.type != "cpu" or not self.training or not dist.is_initialized():
+            return super().forward(x)
+        momentum = 0.0
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        open_gate = x.new_full((self.num_features,), float("inf"), dtype=torch.float32)
+        return iebn(
+            x,
+            self.weight,
+            self.bias,
+            torch.zeros_like(open_gate),
+            open_gate,
+            self.running_mean,
+            self.running_var,
+            True,
+            momentum,
+            self.eps,
+            self.process_group or dist.group.WORLD,
+        )
+
+
+class SyncBatchNormAct2d(SyncBatchNorm2d):
+    """`SyncBatchNorm2d` followed by the dropout and activation of the `BatchNormAct2d` that it replaces."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, C, H, W), in the dtype and layout of `x`."""
+        return self.act(self.drop(super().forward(x)))
 
 
 def _register_with_timm() -> None:

@@ -8,11 +8,20 @@ import torch
 from torch import Tensor
 
 
-def widen(x: Tensor) -> Tensor:
-    """`x` in the precision in which statistics and gates are computed: float32 for half types, else its own."""
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which statistics and gates of `x` are computed: float32 for half types, else its own."""
     if x.dtype == torch.float16 or x.dtype == torch.bfloat16:
-        return x.float()
-    return x
+        return torch.float32
+    return x.dtype
+
+
+def update_running(
+    running_mean: Tensor, running_var: Tensor, mean: Tensor, unbiased_var: Tensor, momentum: float
+) -> None:
+    """Moves the running statistics by `momentum` towards those of the batch, in place, as batch norm does."""
+    with torch.no_grad():
+        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+        running_var.lerp_(unbiased_var.to(running_var.dtype), momentum)
 
 
 def iebn_reference(
@@ -21,35 +30,32 @@ def iebn_reference(
     bias: Tensor | None,
     gate_weight: Tensor,
     gate_bias: Tensor,
-    mean: Tensor | None,
-    var: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`(y, mean, var)`: the normalised and gated input, and the statistics that were used.
-
-    Args:
-        x: (N, C, H, W), floating point.
-        weight, bias: (C,) or None for 1 and 0.
-        gate_weight, gate_bias: (C,).
-        mean, var: (C,) statistics to normalise with, or None for those of the batch (`var` biased).
-        eps: added to the variance.
-
-    Returns:
-        y (N, C, H, W) in the dtype of `x`; mean and var (C,), float32 for half inputs, else in the dtype of `x`.
-    """
-    wide = widen(x)
+) -> Tensor:
+    """The normalised and gated input, (N, C, H, W) in the dtype of `x`; `iebn` describes the arguments."""
+    dtype = wide_dtype(x)
+    wide = x.to(dtype)
     instance_mean = wide.mean(dim=(2, 3))
-    gate = torch.sigmoid(gate_weight.to(wide.dtype) * instance_mean + gate_bias.to(wide.dtype))
-    if mean is None or var is None:
+    gate = torch.sigmoid(gate_weight.to(dtype) * instance_mean + gate_bias.to(dtype))
+
+    if training or running_mean is None or running_var is None:
         mean = instance_mean.mean(dim=0)
-        centered = wide - mean[None, :, None, None]
+        centered = wide - mean[:, None, None]
         var = (centered * centered).mean(dim=(0, 2, 3))
+        if running_mean is not None and running_var is not None:
+            count = x.shape[0] * x.shape[2] * x.shape[3]
+            update_running(running_mean, running_var, mean, var * (count / (count - 1)), momentum)
     else:
-        mean, var = mean.to(wide.dtype), var.to(wide.dtype)
-        centered = wide - mean[None, :, None, None]
-    y = centered * torch.rsqrt(var + eps)[None, :, None, None]
-    scale = gate if weight is None else gate * weight.to(wide.dtype)
-    y = y * scale[:, :, None, None]
+        mean, var = running_mean.to(dtype), running_var.to(dtype)
+        centered = wide - mean[:, None, None]
+
+    y = gate[:, :, None, None] * centered * torch.rsqrt(var + eps)[:, None, None]
+    if weight is not None:
+        y = y * weight.to(dtype)[:, None, None]
     if bias is not None:
-        y = y + bias.to(wide.dtype)[None, :, None, None]
-    return y.to(x.dtype), mean, var
+        y = y + bias.to(dtype)[:, None, None]
+    return y.to(x.dtype)

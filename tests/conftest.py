@@ -1,0 +1,30 @@
+import pytest
+import torch
+
+torch.set_num_threads(1)  # two workers share two cores
+
+
+@pytest.fixture(autouse=True)
+def fresh_seed(request):
+    """Every run draws new inputs; the seed is in the test's report if it fails."""
+    seed = torch.seed() % 2**32
+    torch.manual_seed(seed)
+    request.node.user_properties.append(("seed", seed))
+    print(f"seed {seed}")
+
+
+def randomize(module: torch.nn.Module) -> torch.nn.Module:
+    """`module` with random parameters and statistics in every norm: at the start values half of a gradient is hidden."""
+    for norm in module.modules():
+        if isinstance(norm, torch.nn.modules.batchnorm._BatchNorm):
+            with torch.no_grad():
+                for name, tensor in (*norm.named_parameters(recurse=False), *norm.named_buffers(recurse=False)):
+                    if name == "running_var":
+                        tensor.uniform_(0.5, 2)
+                    elif name == "weight":
+                        tensor.copy_(1 + 0.3 * torch.randn_like(tensor))
+                    elif tensor.is_floating_point():
+                        tensor.normal_(std=0.5)
+    return module
+
+

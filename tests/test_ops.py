@@ -1,0 +1,168 @@
+"""Every path against the formula in float64, forward and all gradients; the bound is the reference's own error."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from timm_iebn.ops import iebn, iebn_eager, iebn_reference
+
+SHAPES = [(4, 8, 7, 5), (1, 3, 6, 6), (16, 5, 1, 1), (3, 1, 33, 2), (40, 24, 29, 31)]
+MODES = ["train", "eval", "untracked"]
+PATHS = {"eager": iebn_eager, "compiled": lambda *args: torch.compile(iebn, fullgraph=True)(*args)}
+
+
+def draw(shape, mean=0.0, affine=True):
+    n, c, h, w = shape
+    x = (
+        mean
+        + torch.randn(shape, dtype=torch.float64)
+        + torch.randn(n, c, 1, 1, dtype=torch.float64)  # instance means that differ, so that gates do
+    )
+    vectors = torch.randn(4, c, dtype=torch.float64)
+    weight, bias = (1 + 0.3 * vectors[0], vectors[1]) if affine else (None, None)
+    gate_weight, gate_bias = vectors[2] / (1 + abs(mean) / 10), vectors[3]
+    return [x, weight, bias, gate_weight, gate_bias], torch.randn(shape, dtype=torch.float64)
+
+
+def running(c, mode, mean, dtype):
+    if mode == "untracked":
+        return None, None
+    generator = torch.Generator().manual_seed(c)
+    running_mean = mean + torch.randn(c, generator=generator, dtype=torch.float64)
+    return running_mean.to(dtype), (0.5 + torch.rand(c, generator=generator, dtype=torch.float64)).to(dtype)
+
+
+def run(path, tensors, grad, mode, mean, x_dtype, dtype, layout=torch.contiguous_format):
+    """Output, gradients and running statistics of `path`, as float64."""
+    x, *params = tensors
+    x = x.to(x_dtype).contiguous(memory_format=layout).requires_grad_()
+    params = [None if p is None else p.to(dtype).requires_grad_() for p in params]
+    stats = running(x.shape[1], mode, mean, dtype)
+    y = path(x, *params, *stats, mode == "train", 0.3, 1e-5)
+    assert y.dtype == x_dtype and y.is_contiguous(memory_format=layout)
+    inputs = [x, *(p for p in params if p is not None)]
+    grads = torch.autograd.grad(y, inputs, grad.to(x_dtype).contiguous(memory_format=layout))
+    assert all(g.dtype == i.dtype and g.shape == i.shape for g, i in zip(grads, inputs, strict=True))
+    names = ["y", "dx", *(f"d{n}" for n, p in zip("weight bias gate_w gate_b".split(), params, strict=True) if p is not None)]
+    out = dict(zip(names, (y, *grads), strict=True))
+    if stats[0] is not None:
+        out |= dict(running_mean=stats[0], running_var=stats[1])
+    return {name: t.detach().double() for name, t in out.items()}
+
+
+def check(path, tensors, grad, mode, mean, dtype, layout):
+    # inputs as the tested dtype holds them, so that only the computation's error is compared
+    tensors = [tensors[0].to(dtype).double(), *(None if p is None else p.float().double() for p in tensors[1:])]
+    grad = grad.to(dtype).double()
+    param_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    exact = run(iebn_reference, tensors, grad, mode, mean, torch.float64, torch.float64)
+    reference = run(iebn_reference, tensors, grad, mode, mean, dtype, param_dtype)
+    tested = run(path, tensors, grad, mode, mean, dtype, param_dtype, layout)
+    for name, value in exact.items():
+        error = (tested[name] - value).abs().max()
+        allowed = (reference[name] - value).abs().max()
+        out_dtype = dtype if name in ("y", "dx") else param_dtype
+        ulp = torch.finfo(out_dtype).eps * value.abs().max()
+        assert error <= 4 * allowed + 4 * ulp, f"{name}: error {error:.3g}, the reference's {allowed:.3g}, ulp {ulp:.3g}"
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_eager_is_as_exact_as_the_formula(shape, mode, dtype, layout):
+    if mode != "eval" and shape[0] * shape[2] * shape[3] == 1:
+        pytest.skip("one value per channel")
+    check(iebn_eager, *draw(shape), mode, 0.0, dtype, layout)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+def test_a_large_mean_cancels_nothing(mode, layout):
+    check(iebn_eager, *draw((8, 6, 9, 9), mean=100.0), mode, 100.0, torch.float32, layout)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_without_affine(mode):
+    check(iebn_eager, *draw((4, 8, 7, 5), affine=False), mode, 0.0, torch.float32, torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_batch_cut_into_chunks_is_as_exact(dtype, monkeypatch):
+    monkeypatch.setattr("timm_iebn.ops.eager.CHUNK", 1000)
+    check(iebn_eager, *draw((7, 8, 7, 5)), "train", 0.0, dtype, torch.channels_last)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_compiled_is_as_exact(mode):
+    check(PATHS["compiled"], *draw((4, 8, 7, 5)), mode, 0.0, torch.float32, torch.channels_last)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_strided_input_is_as_exact(training):
+    (x, *params), grad = draw((4, 8, 7, 5))
+    wide = torch.zeros(4, 16, 14, 5, dtype=torch.float64)
+    wide[:, ::2, ::2] = x
+    view = wide[:, ::2, ::2]
+    stats = running(8, "eval", 0.0, torch.float64)
+    torch.testing.assert_close(
+        iebn_eager(view, *params, stats[0].clone(), stats[1].clone(), training, 0.1, 1e-5),
+        iebn_reference(x, *params, stats[0].clone(), stats[1].clone(), training, 0.1, 1e-5),
+    )
+
+
+def test_zero_variance_channels_stay_finite():
+    (x, *params), grad = draw((4, 3, 5, 5))
+    x[:, 1] = 2.5
+    x.requires_grad_()
+    y = iebn_eager(x, *params, None, None, True, 0.1, 1e-5)
+    torch.testing.assert_close(y, iebn_reference(x, *params, None, None, True, 0.1, 1e-5))
+    assert torch.equal(y[:, 1], params[1][1].expand_as(y[:, 1]))
+    y.backward(grad)
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_gradcheck_and_gradgradcheck(training, affine):
+    tensors, _ = draw((3, 2, 3, 2), affine=affine)
+    stats = running(2, "eval", 0.0, torch.float64)
+
+    def f(*tensors):
+        given = iter(tensors)
+        args = [next(given) if i in present else None for i in range(5)]
+        return iebn_eager(*args, stats[0].clone(), stats[1].clone(), training, 0.1, 1e-3)
+
+    present = [i for i, t in enumerate(tensors) if t is not None]
+    inputs = tuple(tensors[i].requires_grad_() for i in present)
+    assert torch.autograd.gradcheck(f, inputs)
+    assert torch.autograd.gradgradcheck(f, inputs)
+
+
+def test_gradients_of_some_inputs_only():
+    tensors, grad = draw((4, 3, 5, 5))
+    tensors[2].requires_grad_()  # only the bias, as behind a frozen stem
+    iebn_eager(*tensors, None, None, True, 0.1, 1e-5).backward(grad)
+    torch.testing.assert_close(tensors[2].grad, grad.sum((0, 2, 3)))
+    assert tensors[0].grad is None
+
+
+def test_torch_func_grad_agrees_with_autograd():
+    tensors, grad = draw((4, 3, 5, 5))
+
+    def loss(x):
+        return (iebn_eager(x, *tensors[1:], None, None, True, 0.1, 1e-5) * grad).sum()
+
+    x = tensors[0].clone().requires_grad_()
+    loss(x).backward()
+    torch.testing.assert_close(torch.func.grad(loss)(tensors[0]), x.grad)
+
+
+@pytest.mark.parametrize("path", [iebn_eager, iebn_reference])
+def test_open_gates_are_batch_norm(path):
+    (x, weight, bias, *_), _ = draw((4, 8, 7, 5))
+    closed, opened = torch.zeros(8, dtype=torch.float64), torch.full((8,), float("inf"), dtype=torch.float64)
+    ours, theirs = running(8, "train", 0.0, torch.float64), running(8, "train", 0.0, torch.float64)
+    y = path(x, weight, bias, closed, opened, *ours, True, 0.3, 1e-5)
+    torch.testing.assert_close(y, F.batch_norm(x, *theirs, weight, bias, True, 0.3, 1e-5))
+    torch.testing.assert_close(ours, theirs)

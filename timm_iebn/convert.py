@@ -1,0 +1,262 @@
+"""Batch norm to IEBN and back, synchronised, frozen, and from the authors' checkpoints."""
+
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import timm.layers
+import torch
+import torch.distributed as dist
+from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+from .layers import GATE_BIAS_INIT, IEBN2d, IEBNAct2d, SyncBatchNorm2d, SyncBatchNormAct2d
+
+SHORTCUTS = ("*downsample*", "*shortcut*")
+
+# what the state dict of a norm has more than batch norm's
+GATES = ("gate_weight", "gate_bias")
+_AUTHORS_NAMES = {"weight_readjust": "gate_weight", "bias_readjust": "gate_bias"}
+
+
+def _replace(module: nn.Module, swap: Callable[[str, nn.Module], nn.Module | None], name: str = "") -> nn.Module:
+    """`module` with every submodule for which `swap(name, submodule)` is not None replaced by that, in place."""
+    found = swap(name, module)
+    if found is not None:
+        return found
+    for key, child in module.named_children():
+        replaced = _replace(child, swap, f"{name}.{key}" if name else key)
+        if replaced is not child:
+            module._modules[key] = replaced
+    return module
+
+
+def _set_tensors(target: nn.Module, source: nn.Module) -> None:
+    """Moves the parameters and buffers that both norms have, and their mode, from `source` to `target`."""
+    for kind in ("_parameters", "_buffers"):
+        for key, tensor in getattr(source, kind).items():
+            if key in getattr(target, kind):
+                getattr(target, kind)[key] = tensor
+    target.train(source.training)
+    if hasattr(source, "act"):
+        target.drop, target.act = source.drop, source.act
+
+
+def _neutral_gate() -> float:
+    return torch.sigmoid(torch.tensor(GATE_BIAS_INIT, dtype=torch.float64)).item()
+
+
+def convert_bn_to_iebn(
+    module: nn.Module, warm_start: bool = True, leave: Iterable[str] | Callable[[str, nn.Module], bool] = SHORTCUTS
+) -> nn.Module:
+    """`module` with IEBN in place of its 2-d batch norms, in place; a batch norm itself is returned converted.
+
+    Args:
+        module: any network. Layers that are IEBN already stay as they are.
+        warm_start: divide each weight by the gate's start, sigmoid(-1), so that the network computes the same function
+            as before, in training and in eval. Otherwise weights are kept, and outputs shrink: the authors' start
+            for training from scratch.
+        leave: which batch norms stay: patterns for their qualified names (as in `fnmatch`), or a function of name and
+            layer. By default those of the shortcuts, as in the authors' networks.
+
+    Raises:
+        TypeError: a batch norm of a kind that has no IEBN form (frozen or 3-d, for example) is not left out.
+    """
+    if callable(leave):
+        left_out = leave
+    else:
+        patterns = (leave,) if isinstance(leave, str) else tuple(leave)
+
+        def left_out(name: str, _: nn.Module) -> bool:
+            return any(fnmatch(name, pattern) for pattern in patterns)
+
+    def swap(name: str, norm: nn.Module) -> nn.Module | None:
+        if isinstance(norm, IEBN2d):
+            return norm
+        if not isinstance(norm, _BatchNorm) or isinstance(norm, nn.BatchNorm1d) or left_out(name, norm):
+            return None
+        synced = isinstance(norm, nn.SyncBatchNorm)
+        if not synced and not isinstance(norm, nn.BatchNorm2d):
+            raise TypeError(f"{name or 'module'} is a {type(norm).__name__}, which has no IEBN form: pass leave=")
+        kind = IEBNAct2d if hasattr(norm, "act") else IEBN2d
+        like = next((t for t in (*norm.parameters(), *norm.buffers())), torch.empty(0))
+        dtype = like.dtype if like.is_floating_point() else None
+        iebn = kind(
+            norm.num_features,
+            norm.eps,
+            norm.momentum,
+            norm.affine,
+            norm.track_running_stats,
+            device=like.device,
+            dtype=dtype,
+        )
+        _set_tensors(iebn, norm)
+        if synced:
+            iebn.sync, iebn.process_group = True, norm.process_group
+        if warm_start:
+            if iebn.weight is None:
+                raise TypeError(f"{name or 'module'} has no weight to warm start from: pass warm_start=False or leave=")
+            with torch.no_grad():
+                iebn.weight.div_(_neutral_gate())
+        return iebn
+
+    return _replace(module, swap)
+
+
+def convert_iebn_to_bn(module: nn.Module) -> nn.Module:
+    """`module` with batch norm in place of IEBN, in place, computing the same function.
+
+    Raises:
+        ValueError: some gate depends on its input (`gate_weight` is not 0), so no batch norm equals it. Nothing has
+            been changed then.
+    """
+    learned = [
+        name or "module"
+        for name, m in module.named_modules()
+        if isinstance(m, IEBN2d) and bool((m.gate_weight != 0).any())
+    ]
+    if learned:
+        shown = ", ".join(learned[:3]) + (f" and {len(learned) - 3} more" if len(learned) > 3 else "")
+        raise ValueError(
+            f"the gates of {shown} depend on their input (gate_weight is not 0), so the network has no equal with "
+            "batch norm. Only neutral gates, such as those of a warm start, can be converted."
+        )
+
+    def swap(_: str, norm: nn.Module) -> nn.Module | None:
+        if not isinstance(norm, IEBN2d):
+            return None
+        kind = BatchNormAct2d if isinstance(norm, IEBNAct2d) else nn.BatchNorm2d
+        like = norm.gate_weight
+        bn = kind(
+            norm.num_features,
+            norm._eps,
+            norm.momentum,
+            track_running_stats=norm.track_running_stats,
+            device=like.device,
+            dtype=like.dtype,
+        )
+        own_weight = bn.weight
+        _set_tensors(bn, norm)
+        with torch.no_grad():
+            if norm.weight is None:
+                bn.weight = own_weight
+            bn.weight.mul_(torch.sigmoid(norm.gate_bias))
+        return convert_sync_batchnorm(bn, norm.process_group) if norm.sync else bn
+
+    return _replace(module, swap)
+
+
+def convert_sync_batchnorm(module: nn.Module, process_group: dist.ProcessGroup | None = None) -> nn.Module:
+    """`module` with IEBN and batch norm taking their batch statistics over all ranks of `process_group`, in place.
+
+    The counterpart of `torch.nn.SyncBatchNorm.convert_sync_batchnorm` and timm's, which know no gates; unlike theirs,
+    the layers work on CPU as well. In a single process they are plain IEBN and batch norm.
+    """
+
+    def swap(_: str, norm: nn.Module) -> nn.Module | None:
+        if isinstance(norm, IEBN2d):
+            norm.sync, norm.process_group = True, process_group
+            return norm
+        if not isinstance(norm, _BatchNorm) or isinstance(norm, nn.SyncBatchNorm):
+            return None
+        kind = SyncBatchNormAct2d if isinstance(norm, BatchNormAct2d) else SyncBatchNorm2d
+        synced = kind(
+            norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats, process_group
+        )
+        _set_tensors(synced, norm)
+        return synced
+
+    return _replace(module, swap)
+
+
+def freeze_batch_norm_2d(module: nn.Module) -> nn.Module:
+    """`module` with its IEBN and batch norms frozen, in place, as `timm.layers.freeze_batch_norm_2d` does.
+
+    Frozen IEBN keeps its gate and its state dict keys, uses its running statistics in training too, and trains no
+    parameter.
+    """
+
+    def swap(_: str, norm: nn.Module) -> nn.Module | None:
+        if isinstance(norm, IEBN2d):
+            norm.frozen = True
+            return norm.requires_grad_(False)
+        return timm.layers.freeze_batch_norm_2d(norm) if isinstance(norm, _BatchNorm) else None
+
+    return _replace(module, swap)
+
+
+def unfreeze_batch_norm_2d(module: nn.Module) -> nn.Module:
+    """Undoes `freeze_batch_norm_2d`, in place."""
+
+    def swap(_: str, norm: nn.Module) -> nn.Module | None:
+        if isinstance(norm, IEBN2d):
+            norm.frozen = False
+            return norm.requires_grad_(True)
+        is_frozen = isinstance(norm, FrozenBatchNorm2d | FrozenBatchNormAct2d)
+        return timm.layers.unfreeze_batch_norm_2d(norm) if is_frozen else None
+
+    return _replace(module, swap)
+
+
+def warm_start_state_dict(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """A batch-norm network's `state_dict` with the gates that `model` has added, computing the same function.
+
+    Raises:
+        RuntimeError: some of the gates are there already, or a norm that the model has is not.
+    """
+    norms = [name for name, m in model.named_modules() if isinstance(m, IEBN2d)]
+    gated = [name for name in norms if any(f"{name}.{gate}" in state_dict for gate in GATES)]
+    absent = [name for name in norms if f"{name}.weight" not in state_dict]
+    if gated or absent:
+        which, what = (gated, "already have a gate") if gated else (absent, "are not in the checkpoint")
+        raise RuntimeError(
+            f"can't warm start {type(model).__name__} from this checkpoint: {len(which)} of its {len(norms)} gated "
+            f"norms {what}, the first is {which[0]!r}. A warm start needs the batch-norm network of the same name."
+        )
+    out = dict(state_dict)
+    for name in norms:
+        weight = out[f"{name}.weight"]
+        out[f"{name}.weight"] = weight / _neutral_gate()
+        out[f"{name}.gate_weight"] = torch.zeros_like(weight)
+        out[f"{name}.gate_bias"] = torch.full_like(weight, GATE_BIAS_INIT)
+    return out
+
+
+def load_authors_checkpoint(model: nn.Module, path: str | Path) -> nn.Module:
+    """Loads a `.pth.tar` file of the IEBN authors' CIFAR code into `model`, which is returned.
+
+    Args:
+        model: the network of the same depth, such as `timm.create_model('resnet164_cifar_iebn', num_classes=...)`.
+        path: the checkpoint: a dict with `state_dict`, keys with or without `module.`, norm parameters (1, C, 1, 1)
+            called weight, bias, weight_readjust and bias_readjust. Read with `weights_only=True`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        RuntimeError: not a checkpoint of the authors' code, or one of another network.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        checkpoint: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:
+        raise RuntimeError(f"{path} is not a checkpoint that can be read safely (weights only): {e}") from e
+    state_dict = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
+    if not isinstance(state_dict, dict) or not any(key.endswith("weight_readjust") for key in state_dict):
+        raise RuntimeError(f"{path} is not a checkpoint of the IEBN authors: it has no 'state_dict' with gates")
+    converted = {}
+    for key, tensor in state_dict.items():
+        prefix, _, leaf = key.removeprefix("module.").rpartition(".")
+        is_norm_vector = tensor.dim() == 4 and tensor.shape[0] == 1 and tensor.shape[2:] == (1, 1)
+        has_gate = f"{key.rpartition('.')[0]}.weight_readjust" in state_dict
+        converted[f"{prefix}.{_AUTHORS_NAMES.get(leaf, leaf)}"] = (
+            tensor.flatten() if has_gate and is_norm_vector else tensor
+        )
+    try:
+        model.load_state_dict(converted)
+    except RuntimeError as e:
+        raise RuntimeError(f"{path} does not fit {type(model).__name__}: {e}") from e
+    return model
