@@ -59,6 +59,7 @@ def iebn(
     # with several ranks one value in each is enough
     check_input(x, gate_weight.shape[0], training and group is None)
     tensors = (x, weight, bias, gate_weight, gate_bias, running_mean, running_var)
-    if group is None and (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+    in_graph = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+    if in_graph and group is None:
         return iebn_reference(*tensors, training, momentum, eps)
     return iebn_eager(*tensors, training, momentum, eps, group)

@@ -14,46 +14,60 @@ from torch import Tensor
 from .reference import iebn_reference, update_running, wide_dtype
 
 
-CHUNK = 1 << 19  # elements of a float32 temporary on CPU: 1 MiB stays in the cache, and malloc reuses its pages
+CHUNK = 1 << 21  # elements of a temporary on CPU: fresh pages for a larger one cost more than working in slices
 
 
 def _chunks(x: Tensor) -> list[slice]:
     """Slices of the batch, so that temporaries of a slice stay small on CPU; one slice elsewhere."""
     n = x.shape[0]
-    step = max(1, CHUNK * n // max(1, x.numel())) if x.device.type == "cpu" else n
+    if x.device.type != "cpu" or x.numel() <= 2 * CHUNK:
+        return [slice(0, n)]
+    step = max(1, CHUNK * n // x.numel())
     return [slice(i, min(i + step, n)) for i in range(0, n, step)]
 
 
-def _multiply_add(x: Tensor, scale_NC: Tensor, shift_NC: Tensor) -> Tensor:
-    """`scale * x + shift` in the dtype of `x`."""
-    scale, shift = scale_NC[:, :, None, None], shift_NC[:, :, None, None]
-    if x.dtype == scale.dtype:
+def _plane(v_NC: Tensor) -> Tensor:
+    return v_NC.view(*v_NC.shape, 1, 1)
+
+
+def _multiply_add(x: Tensor, scale_NC: Tensor, shift_NC: Tensor, dtype: torch.dtype) -> Tensor:
+    """`scale * x + shift` in `dtype`, computed in that of the scale."""
+    scale, shift = _plane(scale_NC), _plane(shift_NC)
+    if x.dtype == dtype:
         return torch.addcmul(shift, x, scale)
-    y = torch.empty_like(x)
-    for s in _chunks(x):
+    chunks = _chunks(x)
+    if len(chunks) == 1:
+        return torch.addcmul(shift, x, scale).to(dtype)
+    y = torch.empty_like(x, dtype=dtype)
+    for s in chunks:
         y[s] = torch.addcmul(shift[s], x[s].to(scale.dtype), scale[s])
     return y
 
 
-def _sums(g: Tensor, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(N, C) sums over the image of `g` and of `g * x`, accumulated in `dtype`."""
-    g_NC, gx_NC = torch.empty(2, x.shape[0], x.shape[1], dtype=dtype, device=x.device).unbind()
+def _sums(g: Tensor, x: Tensor, center_C: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(N, C) sums over the image of `g` and of `g * (x - center)`, accumulated in `dtype`."""
+    sums = []
     for s in _chunks(x):
         wide = g[s].to(dtype)
-        torch.sum(wide, (2, 3), out=g_NC[s])
-        torch.sum(wide * x[s], (2, 3), out=gx_NC[s])
-    return g_NC, gx_NC
+        product = wide * x[s] if center_C is None else (x[s].to(dtype) - center_C[:, None, None]).mul_(wide)
+        sums.append((wide.sum((2, 3)), product.sum((2, 3))))
+    if len(sums) == 1:
+        return sums[0]
+    g_NC, gx_NC = zip(*sums, strict=True)
+    return torch.cat(g_NC), torch.cat(gx_NC)
 
 
-def _multiply_add_add(g: Tensor, scale_NC: Tensor, x: Tensor, slope_C: Tensor, shift_NC: Tensor) -> Tensor:
-    """`scale * g + slope * x + shift` in the dtype of `x`."""
-    scale, shift, slope = scale_NC[:, :, None, None], shift_NC[:, :, None, None], slope_C[:, None, None]
-    y = torch.empty_like(x)
-    for s in _chunks(x):
-        if x.dtype == scale.dtype:
-            torch.addcmul(shift[s], x[s], slope, out=y[s]).addcmul_(g[s], scale[s])
-        else:
-            y[s] = torch.addcmul(shift[s], x[s].to(scale.dtype), slope).addcmul_(g[s].to(scale.dtype), scale[s])
+def _multiply_add_add(
+    g: Tensor, scale_NC: Tensor, x: Tensor, slope_C: Tensor, shift_NC: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """`scale * g + slope * x + shift` in `dtype`, computed in that of the scale."""
+    scale, shift, slope = _plane(scale_NC), _plane(shift_NC), slope_C.view(-1, 1, 1)
+    chunks = _chunks(x)
+    if len(chunks) == 1:
+        return torch.addcmul(shift, x, slope).addcmul_(g, scale).to(dtype)
+    y = torch.empty_like(x, dtype=dtype)
+    for s in chunks:
+        y[s] = torch.addcmul(shift[s], x[s].to(scale.dtype), slope).addcmul_(g[s].to(scale.dtype), scale[s])
     return y
 
 
@@ -93,33 +107,44 @@ def _batch_statistics(
 
 
 class _IEBN(torch.autograd.Function):
-    """Differentiable in x, weight, bias, gate_weight and gate_bias; `batch` says that mean and var depend on x."""
+    """Differentiable in x, weight, bias, gate_weight and gate_bias; `batch` says that mean and var depend on x.
+
+    It has no `setup_context`, which would double its overhead; torch.func transforms take the reference instead.
+    """
 
     @staticmethod
-    def forward(x, weight, bias, gate_weight, gate_bias, mean, var, eps, batch, count, group):  # noqa: ANN001, ANN205
-        mean_NC = x.mean((2, 3), dtype=mean.dtype)
-        gate_NC = torch.addcmul(gate_bias.to(mean.dtype), mean_NC, gate_weight.to(mean.dtype)).sigmoid_()
+    def forward(  # noqa: ANN205
+        ctx: Any, x, weight, bias, gate_weight, gate_bias, mean, var, eps, batch, count, group  # noqa: ANN001
+    ):
+        dtype = mean.dtype
+        wide = x.to(dtype) if len(_chunks(x)) == 1 else x
+        mean_NC = wide.mean((2, 3), dtype=dtype)
+        gate_NC = torch.addcmul(gate_bias.to(dtype), mean_NC, gate_weight.to(dtype)).sigmoid_()
         inv_C = torch.rsqrt(var + eps)
         scale_NC = gate_NC * (inv_C if weight is None else inv_C * weight)
-        shift_NC = -mean * scale_NC if bias is None else torch.addcmul(bias.to(mean.dtype), mean, scale_NC, value=-1)
-        return _multiply_add(x, scale_NC, shift_NC), mean_NC, gate_NC, scale_NC, inv_C
+        shift_NC = -mean * scale_NC if bias is None else torch.addcmul(bias.to(dtype), mean, scale_NC, value=-1)
+        if ctx is not None:
+            ctx.eps, ctx.batch, ctx.count, ctx.group = eps, batch, count, group
+            ctx.save_for_backward(
+                x, weight, bias, gate_weight, gate_bias, mean, var, mean_NC, gate_NC, scale_NC, inv_C
+            )
+        return _multiply_add(wide, scale_NC, shift_NC, x.dtype)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        *tensors, ctx.eps, ctx.batch, ctx.count, ctx.group = inputs
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(*tensors, *output[1:])
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple:
+    def backward(ctx: Any, g: Tensor) -> tuple:
         x, weight, bias, gate_weight, gate_bias, mean, var, mean_NC, gate_NC, scale_NC, inv_C = ctx.saved_tensors
         inputs = (x, weight, bias, gate_weight, gate_bias)
         if torch.is_grad_enabled():  # create_graph=True: the second derivative goes through the formula
             return (*_reference_grads(ctx, inputs, mean, var, g), *(None,) * 6)
 
-        P_NC, gx_NC = _sums(g, x, mean.dtype)
-        Q_NC = torch.addcmul(gx_NC, mean, P_NC, value=-1).mul_(inv_C)
-        dQ_NC = gate_NC * Q_NC
+        dtype = mean.dtype
+        wide, wide_g = (x.to(dtype), g.to(dtype)) if len(_chunks(x)) == 1 else (x, g)
+        # sum(g * x) - mean * sum(g) loses digits only where the mean dwarfs the deviation
+        center = mean if bool((mean.abs() * inv_C > 4).any()) else None
+        P_NC, Q_NC = _sums(wide_g, wide, center, dtype)
+        if center is None:
+            Q_NC = torch.addcmul(Q_NC, mean, P_NC, value=-1)
+        dQ_NC = (gate_NC * Q_NC).mul_(inv_C)
         dweight = dQ_NC.sum(0)
         dz_NC = torch.addcmul(dQ_NC, dQ_NC, gate_NC, value=-1)
         if weight is not None:
@@ -130,16 +155,17 @@ class _IEBN(torch.autograd.Function):
             shift_NC = dz_NC * (gate_weight / (x.shape[2] * x.shape[3]))
             if ctx.batch:
                 # sums over n of a*P and a*Q, both times inv; scale is a*inv
-                k1_C, k2_C = (scale_NC * P_NC).sum(0), dweight * inv_C if weight is None else dweight * weight * inv_C
+                k1_C = (scale_NC * P_NC).sum(0)
+                k2_C = dweight * inv_C if weight is None else dweight * weight * inv_C
                 if ctx.group is not None:
                     k_2C = torch.stack([k1_C, k2_C])
                     dist.all_reduce(k_2C, group=ctx.group)
                     k1_C, k2_C = k_2C.unbind()
                 slope_C = k2_C * inv_C / -ctx.count
                 shift_NC.sub_(torch.addcmul(k1_C / ctx.count, slope_C, mean))
-                dx = _multiply_add_add(g, scale_NC, x, slope_C, shift_NC)
+                dx = _multiply_add_add(wide_g, scale_NC, wide, slope_C, shift_NC, x.dtype)
             else:
-                dx = _multiply_add(g, scale_NC, shift_NC)
+                dx = _multiply_add(wide_g, scale_NC, shift_NC, x.dtype)
         grads = (dx, dweight, P_NC.sum(0), (dz_NC * mean_NC).sum(0), dz_NC.sum(0))
         grads = (d.to(p.dtype) if p is not None and d is not None else None for p, d in zip(inputs, grads, strict=True))
         return (*grads, *(None,) * 6)
@@ -182,5 +208,5 @@ def iebn_eager(
             mean, var, count = running_mean.to(dtype), running_var.to(dtype), 0
     args = (x, weight, bias, gate_weight, gate_bias, mean, var, eps, batch, count, group)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:5]):
-        return _IEBN.apply(*args)[0]
-    return _IEBN.forward(*args)[0]  # an autograd.Function costs as much as a small layer
+        return _IEBN.apply(*args)
+    return _IEBN.forward(None, *args)  # an autograd.Function costs as much as a small layer
