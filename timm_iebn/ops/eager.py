@@ -14,7 +14,7 @@ from torch import Tensor
 from .reference import iebn_reference, update_running, wide_dtype
 
 
-CHUNK = 1 << 21  # elements of a temporary on CPU: fresh pages for a larger one cost more than working in slices
+CHUNK = 1 << 20  # elements of a temporary on CPU: fresh pages for a larger one cost more than working in slices
 
 
 def _chunks(x: Tensor) -> list[slice]:
