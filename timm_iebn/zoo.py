@@ -1,0 +1,79 @@
+"""Model folders: what a training run writes, `timm.create_model('local-dir:…')` loads and the Hub could hold as it is."""
+
+import csv
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from timm.models._hub import save_config_for_hf
+from torch import nn
+
+from .layers import IEBN2d
+from .recipe import Recipe
+
+WEIGHTS = "model.safetensors"
+_PACKAGES = ("timm-iebn", "torch", "timm", "accelerate", "safetensors", "huggingface-hub")
+
+_CARD = """\
+---
+library_name: timm
+license: apache-2.0
+tags: [image-classification, timm, timm-iebn]
+---
+
+# {model} on {data}
+
+{norm}. Trained with [timm-iebn](https://github.com/timm-iebn/timm-iebn): {epochs} epochs, seed {seed}.
+Top-1 {test_top1:.2f} %, top-5 {test_top5:.2f} % on the test split, which was used for this report only; the last
+epoch counts. The recipe, the log and the library versions stand beside this card.
+
+```python
+import timm
+import timm_iebn  # registers the model: it must come before create_model
+
+model = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True).eval()
+```
+"""
+_IEBN = (
+    "Instance Enhancement Batch Normalization ([arXiv 1908.04008](https://arxiv.org/abs/1908.04008)): batch norm whose "
+    "scale is gated, for each image and channel, by the channel's mean in that image"
+)
+
+
+def save_weights(model: nn.Module, path: str | Path) -> None:
+    """The state dict of `model` as safetensors, in the default layout, whatever the layout in memory."""
+    safetensors.torch.save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path)
+
+
+def save_model_folder(
+    model: nn.Module,
+    folder: str | Path,
+    recipe: Recipe,
+    rows: list[dict[str, Any]],
+    classes: list[str],
+    data_config: dict[str, Any],
+) -> None:
+    """Writes `folder`, which must not exist: weights, config, card, recipe, log and library versions."""
+    folder = Path(folder)
+    folder.mkdir(parents=True)
+    save_weights(model, folder / WEIGHTS)
+    label_names = dict(label_names=classes, pretrained_cfg=dict(tag="", crop_pct=1.0))
+    save_config_for_hf(model, str(folder / "config.json"), model_config=label_names, data_config=data_config)
+    (folder / "recipe.yaml").write_text(recipe.to_yaml())
+    write_log(rows, folder / "log.csv")
+    versions = [f"{name}=={version(name)}" for name in _PACKAGES]
+    python = f"# Python {platform.python_version()}, {platform.system()} {platform.machine()}"
+    (folder / "environment.txt").write_text("\n".join([python, *versions]) + "\n")
+    norm = _IEBN if any(isinstance(m, IEBN2d) for m in model.modules()) else "Batch norm, the twin of an IEBN network"
+    fields = dict(model=recipe.model, data=recipe.data, norm=norm, epochs=recipe.epochs, seed=recipe.seed)
+    (folder / "README.md").write_text(_CARD.format(**fields, **{k: rows[-1][k] for k in ("test_top1", "test_top5")}))
+
+
+def write_log(rows: list[dict[str, Any]], path: Path) -> None:
+    """`rows` as CSV, one line an epoch."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
