@@ -55,7 +55,9 @@ def main() -> int:
         print(f"train.py: {e}", file=sys.stderr)
         return 2
     if PartialState().is_main_process:
-        print(f"\n{recipe.model}: top-1 {row['test_top1']:.2f} % on the test split after the last epoch; wrote {folder}")
+        print(
+            f"\n{recipe.model}: top-1 {row['test_top1']:.2f} % on the test split after the last epoch; wrote {folder}"
+        )
         _show_predictions(folder, recipe)
     return 0
 

@@ -14,7 +14,7 @@ def fresh_seed(request):
 
 
 def randomize(module: torch.nn.Module) -> torch.nn.Module:
-    """`module` with random parameters and statistics in every norm: at the start values half of a gradient is hidden."""
+    """`module` with every norm's tensors random: at the start values half of a gradient is hidden."""
     for norm in module.modules():
         if isinstance(norm, torch.nn.modules.batchnorm._BatchNorm):
             with torch.no_grad():
@@ -26,5 +26,3 @@ def randomize(module: torch.nn.Module) -> torch.nn.Module:
                     elif tensor.is_floating_point():
                         tensor.normal_(std=0.5)
     return module
-
-

@@ -47,7 +47,11 @@ def run(path, tensors, grad, mode, mean, x_dtype, dtype, layout=torch.contiguous
     inputs = [x, *(p for p in params if p is not None)]
     grads = torch.autograd.grad(y, inputs, grad.to(x_dtype).contiguous(memory_format=layout))
     assert all(g.dtype == i.dtype and g.shape == i.shape for g, i in zip(grads, inputs, strict=True))
-    names = ["y", "dx", *(f"d{n}" for n, p in zip("weight bias gate_w gate_b".split(), params, strict=True) if p is not None)]
+    names = [
+        "y",
+        "dx",
+        *(f"d{n}" for n, p in zip("weight bias gate_w gate_b".split(), params, strict=True) if p is not None),
+    ]
     out = dict(zip(names, (y, *grads), strict=True))
     if stats[0] is not None:
         out |= dict(running_mean=stats[0], running_var=stats[1])

@@ -82,8 +82,7 @@ def convert_bn_to_iebn(
         if not synced and not isinstance(norm, nn.BatchNorm2d):
             raise TypeError(f"{name or 'module'} is a {type(norm).__name__}, which has no IEBN form: pass leave=")
         kind = IEBNAct2d if hasattr(norm, "act") else IEBN2d
-        like = next((t for t in (*norm.parameters(), *norm.buffers())), torch.empty(0))
-        dtype = like.dtype if like.is_floating_point() else None
+        like = next((t for t in (norm.weight, norm.running_mean) if t is not None), torch.empty(0))
         iebn = kind(
             norm.num_features,
             norm.eps,
@@ -91,7 +90,7 @@ def convert_bn_to_iebn(
             norm.affine,
             norm.track_running_stats,
             device=like.device,
-            dtype=dtype,
+            dtype=like.dtype,
         )
         _set_tensors(iebn, norm)
         if synced:
@@ -163,9 +162,7 @@ def convert_sync_batchnorm(module: nn.Module, process_group: dist.ProcessGroup |
         if not isinstance(norm, _BatchNorm) or isinstance(norm, nn.SyncBatchNorm):
             return None
         kind = SyncBatchNormAct2d if isinstance(norm, BatchNormAct2d) else SyncBatchNorm2d
-        synced = kind(
-            norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats, process_group
-        )
+        synced = kind(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats, process_group)
         _set_tensors(synced, norm)
         return synced
 

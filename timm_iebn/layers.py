@@ -31,9 +31,9 @@ class IEBN2d(nn.BatchNorm2d):
     Parameters, each (C,): ``weight`` = 1, ``bias`` = 0, ``gate_weight`` = 0, ``gate_bias`` = -1.
     Buffers are batch norm's. The output has the input's dtype; statistics and gates are computed in float32 or wider.
 
-    It is a ``BatchNorm2d``, so that tools which look for one to reset, skip or average its statistics find it. But ``eps`` can't
-    be read: everything that would rebuild a layer as plain batch norm or fold it into a convolution reads it, and
-    would lose the gate without a word. See ``timm_iebn.convert_sync_batchnorm``, ``freeze_batch_norm_2d`` and
+    It is a ``BatchNorm2d``, so that tools which look for one to reset, skip or average its statistics find it. But
+    ``eps`` can't be read: everything that would rebuild a layer as plain batch norm or fold it into a convolution
+    reads it, and would lose the gate without a word. See ``timm_iebn.convert_sync_batchnorm``, ``freeze_batch_norm_2d`` and
     ``convert_iebn_to_bn`` for the ways that keep the gate.
 
     Raises:

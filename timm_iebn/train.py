@@ -68,7 +68,9 @@ def _train_epoch(
         seen += len(labels)
         speed = accelerator.num_processes * seen / (time.perf_counter() - start)
         progress.update(
-            task, advance=1, note=f"loss {loss_sum / seen:.3f}  top-1 {100 * correct / seen:.1f} %  {speed:.0f} images/s"
+            task,
+            advance=1,
+            note=f"loss {loss_sum / seen:.3f}  top-1 {100 * correct / seen:.1f} %  {speed:.0f} images/s",
         )
     progress.remove_task(task)
     sums = torch.tensor([loss_sum, correct, seen], dtype=torch.float32, device=accelerator.device)
@@ -154,7 +156,8 @@ def train(recipe: Recipe, output: str | Path) -> dict[str, Any]:
             scheduler.step(epoch + 1)
             if is_main:
                 progress.console.print(
-                    f"{title:>13}  lr {row['lr']:.4f}  train loss {row['train_loss']:.3f}  top-1 {row['train_top1']:.2f} %"
+                    f"{title:>13}  lr {row['lr']:.4f}  "
+                    f"train loss {row['train_loss']:.3f}  top-1 {row['train_top1']:.2f} %"
                     f"  test loss {row['test_loss']:.3f}  top-1 {row['test_top1']:.2f} %  {row['seconds']:.0f} s",
                     highlight=False,
                     soft_wrap=True,
@@ -164,4 +167,3 @@ def train(recipe: Recipe, output: str | Path) -> dict[str, Any]:
         save_model_folder(accelerator.unwrap_model(model), output, recipe, rows, train_split.classes, data_config)
     accelerator.end_training()
     return rows[-1]
-

@@ -1,4 +1,4 @@
-"""Model folders: what a training run writes, `timm.create_model('local-dir:…')` loads and the Hub could hold as it is."""
+"""Model folders: what a training run writes, `timm.create_model('local-dir:…')` loads and the Hub could hold."""
 
 import csv
 import platform

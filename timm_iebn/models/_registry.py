@@ -59,7 +59,9 @@ def define_iebn_twin(module: str, twin: str, feature_cfg: dict[str, Any]) -> Non
             cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
             raise _explain(variant, cfg, kwargs.get("cache_dir"), e) from e
 
-    define_model(module, f"{twin}_iebn", f"timm's `{twin}` with IEBN in place of batch norm, shortcuts excepted.", build)
+    define_model(
+        module, f"{twin}_iebn", f"timm's `{twin}` with IEBN in place of batch norm, shortcuts excepted.", build
+    )
 
 
 def warm_start_cfgs(twin: str, default_tag: str) -> dict[str, PretrainedCfg]:

@@ -37,11 +37,7 @@ _MOBILENETS = {
 }
 
 default_cfgs = generate_default_cfgs(
-    {
-        name: cfg
-        for twin, tag in (_RESNETS | _MOBILENETS).items()
-        for name, cfg in warm_start_cfgs(twin, tag).items()
-    }
+    {name: cfg for twin, tag in (_RESNETS | _MOBILENETS).items() for name, cfg in warm_start_cfgs(twin, tag).items()}
 )
 
 for _twin in _RESNETS:

@@ -17,7 +17,9 @@ def check_input(x: Tensor, num_features: int, training: bool) -> None:
     if x.shape[1] != num_features:
         raise RuntimeError(f"expected {num_features} channels, got {x.shape[1]} in input of shape {list(x.shape)}")
     if not x.is_floating_point():
-        raise NotImplementedError(f"IEBN is not implemented for {x.dtype} input: convert it, for example with x.float()")
+        raise NotImplementedError(
+            f"IEBN is not implemented for {x.dtype} input: convert it, for example with x.float()"
+        )
     if training and x.shape[0] * x.shape[2] * x.shape[3] == 1:
         raise ValueError(f"expected more than 1 value per channel when training, got input of shape {list(x.shape)}")
 

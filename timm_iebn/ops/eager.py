@@ -13,7 +13,6 @@ from torch import Tensor
 
 from .reference import iebn_reference, update_running, wide_dtype
 
-
 CHUNK = 1 << 20  # elements of a temporary on CPU: fresh pages for a larger one cost more than working in slices
 
 
@@ -113,9 +112,20 @@ class _IEBN(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # noqa: ANN205
-        ctx: Any, x, weight, bias, gate_weight, gate_bias, mean, var, eps, batch, count, group  # noqa: ANN001
-    ):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        gate_weight: Tensor,
+        gate_bias: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        eps: float,
+        batch: bool,
+        count: int | Tensor,
+        group: dist.ProcessGroup | None,
+    ) -> Tensor:
         dtype = mean.dtype
         wide = x.to(dtype) if len(_chunks(x)) == 1 else x
         mean_NC = wide.mean((2, 3), dtype=dtype)
@@ -125,9 +135,7 @@ class _IEBN(torch.autograd.Function):
         shift_NC = -mean * scale_NC if bias is None else torch.addcmul(bias.to(dtype), mean, scale_NC, value=-1)
         if ctx is not None:
             ctx.eps, ctx.batch, ctx.count, ctx.group = eps, batch, count, group
-            ctx.save_for_backward(
-                x, weight, bias, gate_weight, gate_bias, mean, var, mean_NC, gate_NC, scale_NC, inv_C
-            )
+            ctx.save_for_backward(x, weight, bias, gate_weight, gate_bias, mean, var, mean_NC, gate_NC, scale_NC, inv_C)
         return _multiply_add(wide, scale_NC, shift_NC, x.dtype)
 
     @staticmethod

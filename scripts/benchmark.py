@@ -1,0 +1,110 @@
+"""What IEBN costs beside batch norm on this machine: ratios, measured side by side in one process.
+
+    python scripts/benchmark.py [layer] [train] [inference] [--repeats N] [--threads N]
+
+Every repeat runs batch norm, then IEBN; a row is the median over the repeats of the ratio within one repeat. Numbers
+mean nothing while something else runs on the machine.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+
+import timm
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from timm_iebn import IEBN2d
+
+LAYER_SHAPES = [(32, 256, 14, 14), (128, 16, 32, 32), (128, 64, 8, 8), (128, 32, 16, 16)]
+Row = tuple[str, float, float, float]
+
+
+def compare(name: str, batch_norm: Callable[[], None], iebn: Callable[[], None], repeats: int) -> Row:
+    """The row `name`: median ms of each, and the median ratio IEBN / batch norm."""
+    pairs = []
+    for _ in range(repeats + max(2, repeats // 10)):
+        seconds = []
+        for run in (batch_norm, iebn):
+            start = time.perf_counter()
+            run()
+            seconds.append(time.perf_counter() - start)
+        pairs.append(seconds)
+    pairs = pairs[-repeats:]  # the first ones warm up
+    median = [1000 * statistics.median(column) for column in zip(*pairs, strict=True)]
+    return name, *median, statistics.median(iebn / bn for bn, iebn in pairs)
+
+
+def _layer_step(layer: nn.Module, x: torch.Tensor, grad: torch.Tensor) -> None:
+    x.grad = None
+    layer(x).backward(grad)
+
+
+def layer_rows(repeats: int) -> list[Row]:
+    """Forward and backward of one layer, training, channels last."""
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for shape in LAYER_SHAPES:
+            x, grad = (torch.randn(shape, dtype=dtype).to(memory_format=torch.channels_last) for _ in range(2))
+            layers = (nn.BatchNorm2d(shape[1]), IEBN2d(shape[1]))
+            steps = [partial(_layer_step, layer, x.requires_grad_(), grad) for layer in layers]
+            rows.append(compare(f"layer {shape} {str(dtype).removeprefix('torch.')}", *steps, repeats))
+    return rows
+
+
+def train_rows(repeats: int) -> list[Row]:
+    """A training step of ResNet-20 on 32x32 images, batch 128."""
+    images = torch.randn(128, 3, 32, 32).to(memory_format=torch.channels_last)
+    labels = torch.randint(0, 100, (128,))
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    runs = []
+    for name in ("resnet20_cifar", "resnet20_cifar_iebn"):
+        model = timm.create_model(name).to(memory_format=torch.channels_last)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+        runs.append(lambda model=model, optimizer=optimizer: step(model, optimizer))
+    return [compare("train resnet20_cifar, batch 128, float32", *runs, max(10, repeats // 3))]
+
+
+def inference_rows(repeats: int) -> list[Row]:
+    """ResNet-50 on 224x224 images, batch 8."""
+    images = torch.randn(8, 3, 224, 224).to(memory_format=torch.channels_last)
+    models = [
+        timm.create_model(name).eval().to(memory_format=torch.channels_last) for name in ("resnet50", "resnet50_iebn")
+    ]
+    with torch.inference_mode():
+        runs = [lambda model=model: model(images) for model in models]
+        return [compare("inference resnet50, batch 8, float32", *runs, max(10, repeats // 5))]
+
+
+PARTS = dict(layer=layer_rows, train=train_rows, inference=inference_rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="part", help=f"of {', '.join(PARTS)} (default: all)")
+    parser.add_argument("--repeats", type=int, default=100)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    if unknown := set(args.parts) - set(PARTS):
+        parser.error(f"unknown part {', '.join(unknown)}: choose of {', '.join(PARTS)}")
+    torch.set_num_threads(args.threads)
+    table = Table("", "batch norm, ms", "IEBN, ms", "IEBN / batch norm")
+    for part in args.parts or PARTS:
+        for name, bn, iebn, ratio in PARTS[part](args.repeats):
+            table.add_row(name, f"{bn:.2f}", f"{iebn:.2f}", f"{ratio:.2f}")
+    console = Console()
+    console.print(table)
+    console.print(f"torch {torch.__version__}, timm {timm.__version__}, {args.threads} CPU threads, channels last")
+
+
+if __name__ == "__main__":
+    main()
