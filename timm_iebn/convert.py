@@ -78,7 +78,7 @@ def convert_bn_to_iebn(
             return norm
         if not isinstance(norm, _BatchNorm) or isinstance(norm, nn.BatchNorm1d) or left_out(name, norm):
             return None
-        synced = isinstance(norm, nn.SyncBatchNorm)
+        synced = isinstance(norm, nn.SyncBatchNorm | SyncBatchNorm2d | SyncBatchNormAct2d)
         if not synced and not isinstance(norm, nn.BatchNorm2d):
             raise TypeError(f"{name or 'module'} is a {type(norm).__name__}, which has no IEBN form: pass leave=")
         kind = IEBNAct2d if hasattr(norm, "act") else IEBN2d
@@ -159,11 +159,12 @@ def convert_sync_batchnorm(module: nn.Module, process_group: dist.ProcessGroup |
         if isinstance(norm, IEBN2d):
             norm.sync, norm.process_group = True, process_group
             return norm
-        if not isinstance(norm, _BatchNorm) or isinstance(norm, nn.SyncBatchNorm):
+        if not isinstance(norm, nn.BatchNorm2d):
             return None
         kind = SyncBatchNormAct2d if isinstance(norm, BatchNormAct2d) else SyncBatchNorm2d
-        synced = kind(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats, process_group)
+        synced = kind(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
         _set_tensors(synced, norm)
+        synced.process_group = process_group
         return synced
 
     return _replace(module, swap)

@@ -4,8 +4,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from timm.layers import create_norm, create_norm_act
-from timm.layers._fx import register_notrace_module
+from timm.layers import BatchNormAct2d, create_norm, create_norm_act, register_notrace_module
 from timm.layers.norm_act import _create_act
 from timm.layers.typing import LayerType
 from torch import Tensor, nn
@@ -33,8 +32,8 @@ class IEBN2d(nn.BatchNorm2d):
 
     It is a ``BatchNorm2d``, so that tools which look for one to reset, skip or average its statistics find it. But
     ``eps`` can't be read: everything that would rebuild a layer as plain batch norm or fold it into a convolution
-    reads it, and would lose the gate without a word. See ``timm_iebn.convert_sync_batchnorm``, ``freeze_batch_norm_2d`` and
-    ``convert_iebn_to_bn`` for the ways that keep the gate.
+    reads it, and would lose the gate without a word. ``timm_iebn.convert_sync_batchnorm``, ``freeze_batch_norm_2d``
+    and ``convert_iebn_to_bn`` are the ways that keep it.
 
     Raises:
         ValueError: ``num_features`` < 1; input not 4D; training with a single value per channel.
@@ -197,42 +196,55 @@ class IEBNAct2d(IEBN2d):
         return self.act(self.drop(self._normalize(x)))
 
 
-class SyncBatchNorm2d(nn.SyncBatchNorm):
-    """`torch.nn.SyncBatchNorm` that synchronises CPU tensors too: the same kernel as IEBN with every gate open."""
+def _sync_batch_norm(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+    """Batch norm over all ranks of `norm.process_group`: torch's on CUDA, elsewhere IEBN's kernel with open gates."""
+    if not norm.training or not dist.is_initialized():
+        return nn.BatchNorm2d.forward(norm, x)
+    if x.is_cuda:
+        return nn.SyncBatchNorm.forward(norm, x)
+    momentum = 0.0
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        momentum = 1.0 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+    open_gate = x.new_full((norm.num_features,), float("inf"), dtype=torch.float32)
+    return iebn(
+        x,
+        norm.weight,
+        norm.bias,
+        torch.zeros_like(open_gate),
+        open_gate,
+        norm.running_mean,
+        norm.running_var,
+        True,
+        momentum,
+        norm.eps,
+        norm.process_group or dist.group.WORLD,
+    )
+
+
+class SyncBatchNorm2d(nn.BatchNorm2d):
+    """Synchronised batch norm that works on CPU too.
+
+    No `nn.SyncBatchNorm`, because DistributedDataParallel refuses those on CPU.
+    """
+
+    process_group: dist.ProcessGroup | None = None
+    _check_non_zero_input_channels = nn.SyncBatchNorm._check_non_zero_input_channels
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to (N, C, H, W), in the dtype and layout of `x`."""
-        if x.device.type != "cpu" or not self.training or not dist.is_initialized():
-            return super().forward(x)
-        momentum = 0.0
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-        open_gate = x.new_full((self.num_features,), float("inf"), dtype=torch.float32)
-        return iebn(
-            x,
-            self.weight,
-            self.bias,
-            torch.zeros_like(open_gate),
-            open_gate,
-            self.running_mean,
-            self.running_var,
-            True,
-            momentum,
-            self.eps,
-            self.process_group or dist.group.WORLD,
-        )
+        return _sync_batch_norm(self, x)
 
 
-class SyncBatchNormAct2d(SyncBatchNorm2d):
-    """`SyncBatchNorm2d` followed by the dropout and activation of the `BatchNormAct2d` that it replaces."""
+class SyncBatchNormAct2d(BatchNormAct2d):
+    """`SyncBatchNorm2d` with dropout and activation."""
 
-    drop: nn.Module
-    act: nn.Module
+    process_group: dist.ProcessGroup | None = None
+    _check_non_zero_input_channels = nn.SyncBatchNorm._check_non_zero_input_channels
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to (N, C, H, W), in the dtype and layout of `x`."""
-        return self.act(self.drop(super().forward(x)))
+        return self.act(self.drop(_sync_batch_norm(self, x)))
 
 
 def _register_with_timm() -> None:

@@ -1,0 +1,56 @@
+from pathlib import Path
+
+import pytest
+
+from timm_iebn.recipe import Recipe, RecipeError, load_recipe
+
+RECIPES = sorted((Path(__file__).parents[1] / "zoo" / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_every_recipe_loads_and_round_trips(path, tmp_path):
+    recipe = load_recipe(path)
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(recipe.to_yaml())
+    assert load_recipe(copy) == recipe
+
+
+def test_overrides_win_over_the_file():
+    recipe = load_recipe(RECIPES[0], ["lr=0.25", "milestones=[3, 4]", "epochs=7"])
+    assert (recipe.lr, recipe.milestones, recipe.epochs) == (0.25, (3, 4), 7)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("epoch=3", "'epoch'.*'epochs'"),
+        ("lr=fast", "lr: expected float, got 'fast'"),
+        ("lr=-1", "lr: must be more than 0, got -1"),
+        ("epochs=1.5", "epochs: expected int, got 1.5"),
+        ("hflip=1", "hflip: expected bool, got 1"),
+        ("sched=linear", "sched: must be one of .*, got 'linear'"),
+        ("precision=fp8", "precision: must be one of .*, got 'fp8'"),
+        ("seed", "'seed': overrides are written key=value"),
+    ],
+)
+def test_a_bad_override_is_named(override, message):
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(RECIPES[0], [override])
+
+
+@pytest.mark.parametrize("text", ["- a list", "model: resnet20_cifar", "{: :"])
+def test_a_bad_file_is_named(text, tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=r"bad\.yaml"):
+        load_recipe(path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(RecipeError, match=r"gone\.yaml"):
+        load_recipe(tmp_path / "gone.yaml")
+
+
+def test_the_defaults_are_the_authors():
+    recipe = Recipe(model="resnet164_cifar_iebn", data="hfds/uoft-cs/cifar100")
+    assert (recipe.epochs, recipe.milestones, recipe.lr, recipe.weight_decay) == (164, (81, 122), 0.1, 1e-4)
