@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import constants
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from timm.models import (
     PretrainedCfg,
@@ -25,7 +25,6 @@ from timm.models import (
 from torch import Tensor, nn
 
 from ..convert import GATES, convert_bn_to_iebn, warm_start_state_dict
-from ..layers import IEBN2d
 
 WARM_START = "warmstart_"  # how tags of batch-norm weights begin
 
@@ -77,30 +76,63 @@ def warm_start_cfgs(twin: str, default_tag: str) -> dict[str, PretrainedCfg]:
     }
 
 
-def _add_gates(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """timm's `pretrained_filter_fn`: adds neutral gates to batch-norm weights and insists on gates in all others.
+def _as_tuple(names: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names or ())
 
-    The check is here as well as in the layer, because timm loads non-strictly for a new head or `features_only`, and
-    then a norm that is missing altogether would pass. It must raise no TypeError, which timm takes for a wrong
-    signature.
+
+def _check_fit(state_dict: dict[str, Tensor], model: nn.Module) -> None:
+    """Raises unless `state_dict` is one of this network, but for its head and the channels of its first convolution.
+
+    timm loads non-strictly for a new head or `features_only`, and then weights of a larger network, or a norm without
+    its gate, would pass.
+    """
+    cfg, own = model.pretrained_cfg, model.state_dict()
+    head = tuple(f"{name}." for name in _as_tuple(cfg.get("classifier")))
+    stem = tuple(f"{name}.weight" for name in _as_tuple(cfg.get("first_conv")))
+
+    def matters(key: str) -> bool:
+        return not any(key.startswith(name) for name in head) and not key.endswith("num_batches_tracked")
+
+    lacks = [key for key in own if matters(key) and key not in state_dict]
+    unknown = [key for key in state_dict if matters(key) and key not in own]
+    reshaped = [
+        key
+        for key in own.keys() & state_dict.keys()
+        if matters(key) and key not in stem and own[key].shape != state_dict[key].shape
+    ]
+    gates = [key for key in lacks if key.endswith(GATES)]
+    if gates and not unknown:
+        raise RuntimeError(f"it lacks {len(gates)} gate parameters, first {gates[0]!r}. Are they batch norm's?")
+    if lacks or unknown or reshaped:
+        raise RuntimeError(
+            f"it lacks {len(lacks)} of {len(own)} tensors, has {len(unknown)} unknown ones and {len(reshaped)} of "
+            f"another shape, first {(lacks + unknown + reshaped)[0]!r}. Are they of another architecture?"
+        )
+
+
+def _add_gates(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """timm's `pretrained_filter_fn`: adds neutral gates to batch-norm weights, and checks that the result fits.
+
+    Only weights of a warm-start tag are taken for batch norm's; a folder or repository of its own must have gates. It
+    must raise no TypeError, which timm takes for a wrong signature.
     """
     cfg = model.pretrained_cfg
-    if str(cfg.get("tag")).startswith(WARM_START) and cfg.get("source") not in ("hf-hub", "local-dir"):
-        is_gated = any(key.endswith("gate_weight") for key in state_dict)
-        return dict(state_dict) if is_gated else warm_start_state_dict(state_dict, model)
-    wanted = [f"{n}.{gate}" for n, m in model.named_modules() if isinstance(m, IEBN2d) for gate in GATES]
-    missing = [key for key in wanted if key not in state_dict]
-    if missing:
-        raise RuntimeError(
-            f"the checkpoint for {cfg.get('architecture')} lacks {len(missing)} of its {len(wanted)} gate parameters, "
-            f"first {missing[0]!r}. Is it a batch-norm checkpoint, or one of another architecture?"
-        )
+    is_own = cfg.get("source") in ("hf-hub", "local-dir") or not str(cfg.get("tag")).startswith(WARM_START)
+    is_gated = any(key.endswith("gate_weight") for key in state_dict)
+    try:
+        if not is_own and not is_gated:
+            state_dict = warm_start_state_dict(state_dict, model)
+        _check_fit(state_dict, model)
+    except RuntimeError as e:
+        where = cfg.get("file") or cfg.get("hf_hub_id") or "the given state dict"
+        raise RuntimeError(f"The weights in {where} do not fit {cfg.get('architecture')}: {e}") from e
     return state_dict
 
 
 def _explain(variant: str, cfg: PretrainedCfg, cache_dir: str | Path | None, error: Exception) -> Exception:
     """One paragraph that says what was looked for, where, and what to do."""
-    reason = error.__cause__ or error
+    # the client's own message for a cold cache is a general one; what it was raised from says why
+    reason = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
     reason = f"{type(reason).__name__}: {' '.join(str(reason).split()) or 'no details'}"
     if isinstance(error, SafetensorError):
         return RuntimeError(
@@ -113,7 +145,7 @@ def _explain(variant: str, cfg: PretrainedCfg, cache_dir: str | Path | None, err
     return OSError(
         f"Can't get the pretrained weights of {variant}. Looked for model.safetensors in the repository "
         f"{cfg.hf_hub_id!r} at {constants.ENDPOINT} and in the cache {cache_dir or constants.HF_HUB_CACHE}{offline} "
-        f"({reason}). Check the connection (HF_ENDPOINT; HF_TOKEN for a private repository), or download it where "
-        "there is a network and pass cache_dir=, or load a file with pretrained_cfg_overlay=dict(file=...), or create "
-        "the model with pretrained=False."
+        f"({reason}). Check the connection (HF_ENDPOINT; HF_TOKEN for a private or gated repository), or download it "
+        "where there is a network and pass cache_dir=, or load a file with pretrained_cfg_overlay=dict(file=...), or "
+        "create the model with pretrained=False."
     )

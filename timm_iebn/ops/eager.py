@@ -72,6 +72,7 @@ def _multiply_add_add(
 
 def _batch_statistics(
     x: Tensor,
+    mean_NC: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     momentum: float,
@@ -81,16 +82,16 @@ def _batch_statistics(
 
     Moves the running statistics, if given, towards them by `momentum` (the variance unbiased).
     """
-    dtype = wide_dtype(x)
+    dtype = mean_NC.dtype
     count = x.numel() // x.shape[1]
+    mean = mean_NC.mean(0)
     if x.device.type == "cpu":
-        # batch norm's own kernel: it subtracts the mean before it squares, makes no temporary, and updates
-        if group is not None or running_mean is None or running_mean.dtype != dtype:
-            mean, var = torch.batch_norm_update_stats(x, *x.new_zeros(2, x.shape[1], dtype=dtype), 0.0)
-        else:
-            return *torch.batch_norm_update_stats(x, running_mean, running_var, momentum), count
+        # batch norm's own kernel for the variance: it makes no temporary, and updates the running statistics
+        if group is None and running_mean is not None and running_mean.dtype == dtype:
+            return mean, torch.batch_norm_update_stats(x, running_mean, running_var, momentum)[1], count
+        var = torch.batch_norm_update_stats(x, *x.new_zeros(2, x.shape[1], dtype=dtype), 0.0)[1]
     else:
-        var, mean = torch.var_mean(x.to(dtype), (0, 2, 3), correction=0)
+        var = torch.var(x.to(dtype), (0, 2, 3), correction=0)
     if group is not None:
         # ranks may hold different numbers of images, so counts travel along, and deviations are merged, not squares
         local = torch.cat([mean, var * count, mean.new_tensor([count])])
@@ -108,6 +109,8 @@ def _batch_statistics(
 class _IEBN(torch.autograd.Function):
     """Differentiable in x, weight, bias, gate_weight and gate_bias; `batch` says that mean and var depend on x.
 
+    `wide` is x in the dtype of the computation, or x itself where a copy would be large.
+
     It has no `setup_context`, which would double its overhead; torch.func transforms take the reference instead.
     """
 
@@ -119,6 +122,8 @@ class _IEBN(torch.autograd.Function):
         bias: Tensor | None,
         gate_weight: Tensor,
         gate_bias: Tensor,
+        wide: Tensor,
+        mean_NC: Tensor,
         mean: Tensor,
         var: Tensor,
         eps: float,
@@ -127,8 +132,6 @@ class _IEBN(torch.autograd.Function):
         group: dist.ProcessGroup | None,
     ) -> Tensor:
         dtype = mean.dtype
-        wide = x.to(dtype) if len(_chunks(x)) == 1 else x
-        mean_NC = wide.mean((2, 3), dtype=dtype)
         gate_NC = torch.addcmul(gate_bias.to(dtype), mean_NC, gate_weight.to(dtype)).sigmoid_()
         inv_C = torch.rsqrt(var + eps)
         scale_NC = gate_NC * (inv_C if weight is None else inv_C * weight)
@@ -143,40 +146,40 @@ class _IEBN(torch.autograd.Function):
         x, weight, bias, gate_weight, gate_bias, mean, var, mean_NC, gate_NC, scale_NC, inv_C = ctx.saved_tensors
         inputs = (x, weight, bias, gate_weight, gate_bias)
         if torch.is_grad_enabled():  # create_graph=True: the second derivative goes through the formula
-            return (*_reference_grads(ctx, inputs, mean, var, g), *(None,) * 6)
+            return (*_reference_grads(ctx, inputs, mean, var, g), *(None,) * 8)
 
         dtype = mean.dtype
         wide, wide_g = (x.to(dtype), g.to(dtype)) if len(_chunks(x)) == 1 else (x, g)
         # sum(g * x) - mean * sum(g) loses digits only where the mean dwarfs the deviation
-        center = mean if bool((mean.abs() * inv_C > 4).any()) else None
+        center = mean if (mean.abs() * inv_C).max() > 4 else None
         P_NC, Q_NC = _sums(wide_g, wide, center, dtype)
         if center is None:
             Q_NC = torch.addcmul(Q_NC, mean, P_NC, value=-1)
-        dQ_NC = (gate_NC * Q_NC).mul_(inv_C)
-        dweight = dQ_NC.sum(0)
-        dz_NC = torch.addcmul(dQ_NC, dQ_NC, gate_NC, value=-1)
-        if weight is not None:
-            dz_NC.mul_(weight)
+        # Q still lacks its factor inv, and dz its factor weight: (C,) tensors are cheaper to multiply
+        dQ_NC = gate_NC * Q_NC
+        dweight = dQ_NC.sum(0).mul_(inv_C)
+        slope_C = inv_C if weight is None else inv_C * weight
+        dz_NC = torch.addcmul(dQ_NC, dQ_NC, gate_NC, value=-1).mul_(slope_C)
 
         dx = None
         if ctx.needs_input_grad[0]:
-            shift_NC = dz_NC * (gate_weight / (x.shape[2] * x.shape[3]))
+            dm_C = gate_weight.to(dtype) / (x.shape[2] * x.shape[3])
             if ctx.batch:
                 # sums over n of a*P and a*Q, both times inv; scale is a*inv
-                k1_C = (scale_NC * P_NC).sum(0)
-                k2_C = dweight * inv_C if weight is None else dweight * weight * inv_C
+                k1_C, k2_C = (scale_NC * P_NC).sum(0), dweight * slope_C
                 if ctx.group is not None:
                     k_2C = torch.stack([k1_C, k2_C])
                     dist.all_reduce(k_2C, group=ctx.group)
                     k1_C, k2_C = k_2C.unbind()
                 slope_C = k2_C * inv_C / -ctx.count
-                shift_NC.sub_(torch.addcmul(k1_C / ctx.count, slope_C, mean))
+                offset_C = torch.addcmul(k1_C / ctx.count, slope_C, mean).neg_()
+                shift_NC = torch.addcmul(offset_C, dz_NC, dm_C)
                 dx = _multiply_add_add(wide_g, scale_NC, wide, slope_C, shift_NC, x.dtype)
             else:
-                dx = _multiply_add(wide_g, scale_NC, shift_NC, x.dtype)
+                dx = _multiply_add(wide_g, scale_NC, dz_NC * dm_C, x.dtype)
         grads = (dx, dweight, P_NC.sum(0), (dz_NC * mean_NC).sum(0), dz_NC.sum(0))
         grads = (d.to(p.dtype) if p is not None and d is not None else None for p, d in zip(inputs, grads, strict=True))
-        return (*grads, *(None,) * 6)
+        return (*grads, *(None,) * 8)
 
 
 def _reference_grads(ctx: Any, inputs: tuple[Tensor | None, ...], mean: Tensor, var: Tensor, grad: Tensor) -> list:
@@ -208,13 +211,15 @@ def iebn_eager(
     """
     batch = training or running_mean is None
     group = group if batch else None
+    dtype = wide_dtype(x)
     with torch.no_grad():
+        wide = x.to(dtype) if len(_chunks(x)) == 1 else x
+        mean_NC = wide.mean((2, 3), dtype=dtype)
         if batch:
-            mean, var, count = _batch_statistics(x, running_mean, running_var, momentum, group)
+            mean, var, count = _batch_statistics(x, mean_NC, running_mean, running_var, momentum, group)
         else:
-            dtype = wide_dtype(x)
             mean, var, count = running_mean.to(dtype), running_var.to(dtype), 0
-    args = (x, weight, bias, gate_weight, gate_bias, mean, var, eps, batch, count, group)
+    args = (x, weight, bias, gate_weight, gate_bias, wide, mean_NC, mean, var, eps, batch, count, group)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:5]):
         return _IEBN.apply(*args)
     return _IEBN.forward(None, *args)  # an autograd.Function costs as much as a small layer
