@@ -5,6 +5,7 @@ multiply-add with a scale and a shift per instance and channel, and the backward
 channel (`P` and `Q` below), then two multiply-adds. Names carry shapes: `gate_NC` is (N, C).
 """
 
+import threading
 from typing import Any
 
 import torch
@@ -13,47 +14,74 @@ from torch import Tensor
 
 from .reference import iebn_reference, update_running, wide_dtype
 
-CHUNK = 1 << 20  # elements of a temporary on CPU: fresh pages for a larger one cost more than working in slices
+CHUNK = 1 << 20  # elements of a temporary on CPU; temporaries are kept, because fresh pages cost more than arithmetic
+
+_kept = threading.local()
 
 
-def _chunks(x: Tensor) -> list[slice]:
-    """Slices of the batch, so that temporaries of a slice stay small on CPU; one slice elsewhere."""
-    n = x.shape[0]
+def _chunks(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """`tensors`, cut along the batch where they are large and on CPU, so that a temporary of a slice is small."""
+    x = tensors[0]
     if x.device.type != "cpu" or x.numel() <= 2 * CHUNK:
-        return [slice(0, n)]
-    step = max(1, CHUNK * n // x.numel())
-    return [slice(i, min(i + step, n)) for i in range(0, n, step)]
+        return [tensors]
+    step = max(1, CHUNK * x.shape[0] // x.numel())
+    return list(zip(*(t.split(step) for t in tensors), strict=True))
+
+
+def _scratch(like: Tensor, dtype: torch.dtype, slot: int) -> Tensor:
+    """Uninitialised memory of the shape and layout of `like`, valid until this thread asks for `slot` again."""
+    dense = like.is_contiguous() or like.is_contiguous(memory_format=torch.channels_last)
+    if like.device.type != "cpu" or not dense or like.numel() > 2 * CHUNK:
+        return torch.empty_like(like, dtype=dtype)
+    slots = _kept.__dict__
+    flat = slots.get((slot, dtype))
+    if flat is None or flat.numel() < like.numel():
+        flat = slots[slot, dtype] = torch.empty(like.numel(), dtype=dtype)
+    return flat.as_strided(like.shape, like.stride())
+
+
+def _widen(x: Tensor, dtype: torch.dtype, slot: int) -> Tensor:
+    return x if x.dtype == dtype else _scratch(x, dtype, slot).copy_(x)
+
+
+def _widen_small(x: Tensor, dtype: torch.dtype, slot: int) -> Tensor:
+    """`x` widened once for all passes, if it is a single chunk; else `x`, to be widened in slices."""
+    return _widen(x, dtype, slot) if len(_chunks(x)) == 1 else x
 
 
 def _plane(v_NC: Tensor) -> Tensor:
     return v_NC.view(*v_NC.shape, 1, 1)
 
 
+def _instance_means(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """(N, C) means over the image, in `dtype`."""
+    means = [_widen(x_i, dtype, 0).mean((2, 3)) for (x_i,) in ([(x,)] if x.dtype == dtype else _chunks(x))]
+    return means[0] if len(means) == 1 else torch.cat(means)
+
+
 def _multiply_add(x: Tensor, scale_NC: Tensor, shift_NC: Tensor, dtype: torch.dtype) -> Tensor:
-    """`scale * x + shift` in `dtype`, computed in that of the scale."""
+    """`scale * x + shift` in `dtype`, computed in that of the scale; may overwrite `x` if it is not of `dtype`."""
     scale, shift = _plane(scale_NC), _plane(shift_NC)
-    if x.dtype == dtype:
+    if dtype == scale.dtype:
         return torch.addcmul(shift, x, scale)
-    chunks = _chunks(x)
-    if len(chunks) == 1:
-        return torch.addcmul(shift, x, scale).to(dtype)
     y = torch.empty_like(x, dtype=dtype)
-    for s in chunks:
-        y[s] = torch.addcmul(shift[s], x[s].to(scale.dtype), scale[s])
+    for y_i, x_i, scale_i, shift_i in _chunks(y, x, scale, shift):
+        wide = _widen(x_i, scale.dtype, 0)
+        y_i.copy_(torch.addcmul(shift_i, wide, scale_i, out=wide))
     return y
 
 
 def _sums(g: Tensor, x: Tensor, center_C: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(N, C) sums over the image of `g` and of `g * (x - center)`, accumulated in `dtype`."""
     sums = []
-    for s in _chunks(x):
-        wide = g[s].to(dtype)
-        product = wide * x[s] if center_C is None else (x[s].to(dtype) - center_C[:, None, None]).mul_(wide)
-        sums.append((wide.sum((2, 3)), product.sum((2, 3))))
-    if len(sums) == 1:
-        return sums[0]
-    g_NC, gx_NC = zip(*sums, strict=True)
-    return torch.cat(g_NC), torch.cat(gx_NC)
+    for g_i, x_i in _chunks(g, x):
+        wide_x, wide_g, product = _widen(x_i, dtype, 0), _widen(g_i, dtype, 1), _scratch(x_i, dtype, 2)
+        if center_C is None:
+            torch.mul(wide_g, wide_x, out=product)
+        else:
+            torch.sub(wide_x, center_C.view(-1, 1, 1), out=product).mul_(wide_g)
+        sums.append((wide_g.sum((2, 3)), product.sum((2, 3))))
+    return sums[0] if len(sums) == 1 else tuple(torch.cat(parts) for parts in zip(*sums, strict=True))
 
 
 def _multiply_add_add(
@@ -61,12 +89,13 @@ def _multiply_add_add(
 ) -> Tensor:
     """`scale * g + slope * x + shift` in `dtype`, computed in that of the scale."""
     scale, shift, slope = _plane(scale_NC), _plane(shift_NC), slope_C.view(-1, 1, 1)
-    chunks = _chunks(x)
-    if len(chunks) == 1:
-        return torch.addcmul(shift, x, slope).addcmul_(g, scale).to(dtype)
     y = torch.empty_like(x, dtype=dtype)
-    for s in chunks:
-        y[s] = torch.addcmul(shift[s], x[s].to(scale.dtype), slope).addcmul_(g[s].to(scale.dtype), scale[s])
+    for y_i, g_i, scale_i, x_i, shift_i in _chunks(y, g, scale, x, shift):
+        wide_x, wide_g = _widen(x_i, scale.dtype, 0), _widen(g_i, scale.dtype, 1)
+        out = y_i if dtype == scale.dtype else _scratch(wide_x, scale.dtype, 2)
+        torch.addcmul(shift_i, wide_x, slope, out=out).addcmul_(wide_g, scale_i)
+        if out is not y_i:
+            y_i.copy_(out)
     return y
 
 
@@ -109,8 +138,7 @@ def _batch_statistics(
 class _IEBN(torch.autograd.Function):
     """Differentiable in x, weight, bias, gate_weight and gate_bias; `batch` says that mean and var depend on x.
 
-    `wide` is x in the dtype of the computation, or x itself where a copy would be large.
-
+    `wide` is what `_widen_small` makes of x, and may be overwritten.
     It has no `setup_context`, which would double its overhead; torch.func transforms take the reference instead.
     """
 
@@ -149,9 +177,9 @@ class _IEBN(torch.autograd.Function):
             return (*_reference_grads(ctx, inputs, mean, var, g), *(None,) * 8)
 
         dtype = mean.dtype
-        wide, wide_g = (x.to(dtype), g.to(dtype)) if len(_chunks(x)) == 1 else (x, g)
         # sum(g * x) - mean * sum(g) loses digits only where the mean dwarfs the deviation
         center = mean if (mean.abs() * inv_C).max() > 4 else None
+        wide, wide_g = _widen_small(x, dtype, 0), _widen_small(g, dtype, 1)
         P_NC, Q_NC = _sums(wide_g, wide, center, dtype)
         if center is None:
             Q_NC = torch.addcmul(Q_NC, mean, P_NC, value=-1)
@@ -172,7 +200,7 @@ class _IEBN(torch.autograd.Function):
                     dist.all_reduce(k_2C, group=ctx.group)
                     k1_C, k2_C = k_2C.unbind()
                 slope_C = k2_C * inv_C / -ctx.count
-                offset_C = torch.addcmul(k1_C / ctx.count, slope_C, mean).neg_()
+                offset_C = torch.addcmul(k1_C / -ctx.count, slope_C, mean, value=-1)
                 shift_NC = torch.addcmul(offset_C, dz_NC, dm_C)
                 dx = _multiply_add_add(wide_g, scale_NC, wide, slope_C, shift_NC, x.dtype)
             else:
@@ -213,8 +241,8 @@ def iebn_eager(
     group = group if batch else None
     dtype = wide_dtype(x)
     with torch.no_grad():
-        wide = x.to(dtype) if len(_chunks(x)) == 1 else x
-        mean_NC = wide.mean((2, 3), dtype=dtype)
+        wide = _widen_small(x, dtype, 0)
+        mean_NC = _instance_means(wide, dtype)
         if batch:
             mean, var, count = _batch_statistics(x, mean_NC, running_mean, running_var, momentum, group)
         else:
