@@ -25,7 +25,26 @@ def _stem(in_chans: int, out_chans: int, device: Any, dtype: Any) -> nn.Conv2d:
     return conv
 
 
-class CifarResNet(ResNet):
+class _FourTaps:
+    """Feature taps of a network of a stem and three stages, where timm's classes count on four."""
+
+    def forward_intermediates(
+        self, x: torch.Tensor, indices: int | list[int] | None = None, **kwargs: Any
+    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
+        """As timm's."""
+        return super().forward_intermediates(x, feature_take_indices(4, indices)[0], **kwargs)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """As timm's."""
+        take, last = feature_take_indices(4, indices)
+        # with all stages kept, timm must not take a fourth for pruned
+        super().prune_intermediate_layers([*take, 4] if last == 3 else take, prune_norm, prune_head)
+        return take
+
+
+class CifarResNet(_FourTaps, ResNet):
     """timm's ResNet with a 3x3 stem, no pooling and three stages (He et al. 2015, section 4.2)."""
 
     def __init__(
@@ -58,24 +77,8 @@ class CifarResNet(ResNet):
         for info, reduction in zip(self.feature_info, (1, 1, 2, 4), strict=True):
             info["reduction"] = reduction
 
-    def forward_intermediates(
-        self, x: torch.Tensor, indices: int | list[int] | None = None, **kwargs: Any
-    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
-        """As timm's; the taps are the stem and three stages."""
-        take, _ = feature_take_indices(len(self.feature_info), indices)
-        return super().forward_intermediates(x, take, **kwargs)
 
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """As timm's; the taps are the stem and three stages."""
-        take, last = feature_take_indices(len(self.feature_info), indices)
-        # with all three stages kept, timm must not prune for the lack of a fourth
-        super().prune_intermediate_layers([last if last < 3 else 4], prune_norm, prune_head)
-        return take
-
-
-class CifarResNetV2(ResNetV2):
+class CifarResNetV2(_FourTaps, ResNetV2):
     """timm's pre-activation ResNet with a 3x3 stem, no pooling and three stages (He et al. 2016; WRN, 1605.07146)."""
 
     def __init__(
