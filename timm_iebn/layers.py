@@ -9,7 +9,7 @@ from timm.layers.norm_act import _create_act
 from timm.layers.typing import LayerType
 from torch import Tensor, nn
 
-from .ops import check_input, iebn, iebn_reference
+from .ops import batch_share, check_input, iebn, iebn_reference
 
 torch.fx.wrap("iebn")  # a symbolic trace keeps the call whole: it branches on shapes and flags
 
@@ -42,7 +42,7 @@ class IEBN2d(nn.BatchNorm2d):
     """
 
     __constants__ = ["num_features", "momentum", "affine", "track_running_stats", "_eps"]
-    __jit_ignored_attributes__ = __jit_unused_properties__ = ["eps"]
+    __jit_unused_properties__ = ["eps"]
 
     def __init__(
         self,
@@ -66,12 +66,17 @@ class IEBN2d(nn.BatchNorm2d):
 
     @property
     def eps(self) -> float:
-        raise TypeError(
-            f"{type(self).__name__}.eps is not readable, because code that reads it is about to treat the layer as "
-            "plain batch norm and to drop its gate. To synchronise or freeze, use timm_iebn.convert_sync_batchnorm or "
-            "timm_iebn.freeze_batch_norm_2d; to fuse, timm_iebn.convert_iebn_to_bn first, which checks that the gates "
-            "are neutral. The value itself is `_eps`."
-        )
+        raise AttributeError  # so that Python goes on to __getattr__, and hasattr() is False
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "eps":
+            raise AttributeError(
+                f"{type(self).__name__}.eps is not readable, because code that reads it is about to treat the layer as "
+                "plain batch norm and to drop its gate. To synchronise or freeze, use timm_iebn.convert_sync_batchnorm "
+                "or timm_iebn.freeze_batch_norm_2d; to fuse, timm_iebn.convert_iebn_to_bn first, which checks that the "
+                "gates are neutral. The value itself is `_eps`."
+            )
+        return super().__getattr__(name)
 
     @eps.setter
     def eps(self, value: float) -> None:
@@ -118,14 +123,9 @@ class IEBN2d(nn.BatchNorm2d):
 
     def _normalize(self, x: Tensor) -> Tensor:
         training = self.training and not self.frozen
-        momentum = 0.0
-        if training and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            # without momentum the running statistics are the average over all batches so far
-            momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
         if torch.jit.is_scripting():
             check_input(x, self.num_features, training)
-            return iebn_reference(
+            y = iebn_reference(
                 x,
                 self.weight,
                 self.bias,
@@ -134,9 +134,12 @@ class IEBN2d(nn.BatchNorm2d):
                 self.running_mean,
                 self.running_var,
                 training,
-                momentum,
+                batch_share(self.num_batches_tracked, self.momentum),
                 self._eps,
             )
+            if training and self.num_batches_tracked is not None:
+                self.num_batches_tracked.add_(1)
+            return y
         return iebn(
             x,
             self.weight,
@@ -145,8 +148,9 @@ class IEBN2d(nn.BatchNorm2d):
             self.gate_bias,
             self.running_mean,
             self.running_var,
+            self.num_batches_tracked,
             training,
-            momentum,
+            self.momentum,
             self._eps,
             self._group(),
         )
@@ -169,8 +173,6 @@ class IEBNAct2d(IEBN2d):
 
     Networks that timm builds from norm+act layers (MobileNet, EfficientNet, DenseNet, RegNet) need this form.
     """
-
-    eps = IEBN2d.eps  # TorchScript honours __jit_ignored_attributes__ for a class's own properties only
 
     def __init__(
         self,
@@ -202,10 +204,6 @@ def _sync_batch_norm(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
         return nn.BatchNorm2d.forward(norm, x)
     if x.is_cuda:
         return nn.SyncBatchNorm.forward(norm, x)
-    momentum = 0.0
-    if norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-        momentum = 1.0 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
     open_gate = x.new_full((norm.num_features,), float("inf"), dtype=torch.float32)
     return iebn(
         x,
@@ -215,8 +213,9 @@ def _sync_batch_norm(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
         open_gate,
         norm.running_mean,
         norm.running_var,
+        norm.num_batches_tracked,
         True,
-        momentum,
+        norm.momentum,
         norm.eps,
         norm.process_group or dist.group.WORLD,
     )

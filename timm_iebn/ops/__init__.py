@@ -7,7 +7,7 @@ from torch import Tensor
 from .eager import iebn_eager
 from .reference import iebn_reference
 
-__all__ = ["check_input", "iebn", "iebn_eager", "iebn_reference"]
+__all__ = ["batch_share", "check_input", "iebn", "iebn_eager", "iebn_reference"]
 
 
 def check_input(x: Tensor, num_features: int, training: bool) -> None:
@@ -24,6 +24,13 @@ def check_input(x: Tensor, num_features: int, training: bool) -> None:
         raise ValueError(f"expected more than 1 value per channel when training, got input of shape {list(x.shape)}")
 
 
+def batch_share(num_batches_tracked: Tensor | None, momentum: float | None) -> float:
+    """The next batch's share in the running statistics."""
+    if momentum is not None:
+        return momentum
+    return 0.0 if num_batches_tracked is None else 1.0 / (float(num_batches_tracked) + 1.0)
+
+
 def iebn(
     x: Tensor,
     weight: Tensor | None,
@@ -32,8 +39,9 @@ def iebn(
     gate_bias: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
     training: bool,
-    momentum: float,
+    momentum: float | None,
     eps: float,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
@@ -43,10 +51,10 @@ def iebn(
         x: (N, C, H, W), floating point, any layout.
         weight, bias: (C,) or None for 1 and 0.
         gate_weight, gate_bias: (C,).
-        running_mean, running_var: (C,), updated in place when `training`, used otherwise. Without them the
-            statistics are always the batch's.
+        running_mean, running_var, num_batches_tracked: (C,), (C,) and scalar, updated in place when `training`, used
+            otherwise. Without them the statistics are always the batch's.
         training: normalise with the statistics of the batch.
-        momentum: share of the batch in the updated running statistics.
+        momentum: share of the batch in the updated running statistics; None for an average over all batches.
         eps: added to the variance.
         group: take the batch's statistics over all ranks of this process group.
 
@@ -58,10 +66,17 @@ def iebn(
         RuntimeError: `x` has another number of channels than the parameters.
         NotImplementedError: `x` is not floating point.
     """
-    # with several ranks one value in each is enough
-    check_input(x, gate_weight.shape[0], training and group is None)
+    tracing = torch.jit.is_tracing()  # where sizes are tensors that must not be branched on
+    if not tracing:
+        # with several ranks one value in each is enough
+        check_input(x, gate_weight.shape[0], training and group is None)
     tensors = (x, weight, bias, gate_weight, gate_bias, running_mean, running_var)
-    in_graph = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+    in_graph = tracing or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    share = batch_share(num_batches_tracked, momentum)
     if in_graph and group is None:
-        return iebn_reference(*tensors, training, momentum, eps)
-    return iebn_eager(*tensors, training, momentum, eps, group)
+        y = iebn_reference(*tensors, training, share, eps)
+    else:
+        y = iebn_eager(*tensors, training, share, eps, group)
+    if training and num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    return y
