@@ -1,0 +1,312 @@
+import copy
+import pickle
+
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+from conftest import randomize
+from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d
+from torch import nn
+from torch.nn import functional as F
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+from timm_iebn import (
+    IEBN2d,
+    IEBNAct2d,
+    convert_bn_to_iebn,
+    convert_iebn_to_bn,
+    convert_sync_batchnorm,
+    freeze_batch_norm_2d,
+    load_authors_checkpoint,
+    unfreeze_batch_norm_2d,
+)
+
+NETWORKS = ["resnet18", "mobilenetv3_small_100", "densenet121", "regnety_002"]
+
+
+def plain_network(name):
+    return randomize(timm.create_model(name)).double()
+
+
+def norms(net, kind=IEBN2d):
+    return {n: m for n, m in net.named_modules() if isinstance(m, kind)}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_warm_start_keeps_the_function_and_goes_back(name, training):
+    before = plain_network(name).train(training)
+    after = convert_bn_to_iebn(copy.deepcopy(before))
+    assert len(norms(after)) > 15 and all(m.training == training for m in after.modules())
+    x = torch.randn(4, 3, 64, 64, dtype=torch.float64)
+    dropout = torch.random.get_rng_state()
+    expected, y = before(x), (torch.random.set_rng_state(dropout), after(x))[1]
+    torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-9)
+    for key, value in before.state_dict().items():
+        if "running" in key:
+            torch.testing.assert_close(after.state_dict()[key], value)
+    back = convert_iebn_to_bn(after)
+    assert norms(back) == {} and back.state_dict().keys() == before.state_dict().keys()
+    torch.testing.assert_close(back.eval()(x), before.eval()(x), rtol=1e-9, atol=1e-9)
+
+
+def test_activations_survive_both_ways():
+    before = plain_network("mobilenetv3_small_100")
+    after = convert_bn_to_iebn(copy.deepcopy(before))
+    back = convert_iebn_to_bn(copy.deepcopy(after))
+    for name, norm in norms(before, BatchNormAct2d).items():
+        there, again = after.get_submodule(name), back.get_submodule(name)
+        assert isinstance(there, IEBNAct2d) and isinstance(again, BatchNormAct2d)
+        assert type(norm.act) is type(there.act) is type(again.act)
+
+
+@pytest.mark.parametrize(
+    ("leave", "left"),
+    [
+        (None, "downsample"),
+        ((), None),
+        (["layer1.*"], "layer1."),
+        ("*.bn2", "bn2"),
+        (lambda name, norm: norm.num_features == 512, "layer4"),
+    ],
+)
+def test_norms_are_left_as_asked(leave, left):
+    before = plain_network("resnet18")
+    after = convert_bn_to_iebn(copy.deepcopy(before), **({} if leave is None else dict(leave=leave)))
+    stayed = {n for n in norms(after, nn.BatchNorm2d) if n not in norms(after)}
+    assert stayed == {n for n in norms(before, nn.BatchNorm2d) if left and left in n}
+
+
+def test_a_fresh_start_keeps_the_weights():
+    norm = randomize(nn.BatchNorm2d(5))
+    iebn = convert_bn_to_iebn(copy.deepcopy(norm), warm_start=False)
+    assert torch.equal(iebn.weight, norm.weight) and iebn.gate_bias.unique().tolist() == [-1]
+
+
+def test_conversion_keeps_settings_dtype_and_grad():
+    norm = nn.BatchNorm2d(5, eps=1e-3, momentum=None, track_running_stats=False).bfloat16()
+    norm.weight.requires_grad_(False)
+    iebn = convert_bn_to_iebn(norm)
+    assert (iebn._eps, iebn.momentum, iebn.running_mean) == (1e-3, None, None)
+    assert {p.dtype for p in iebn.parameters()} == {torch.bfloat16} and not iebn.weight.requires_grad
+
+
+def test_converting_twice_changes_nothing():
+    net = convert_bn_to_iebn(plain_network("resnet18"))
+    state = copy.deepcopy(net.state_dict())
+    convert_bn_to_iebn(net)
+    assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
+
+
+def test_a_synchronised_norm_stays_synchronised():
+    assert convert_bn_to_iebn(nn.SyncBatchNorm(4)).sync
+    assert convert_bn_to_iebn(convert_sync_batchnorm(nn.BatchNorm2d(4))).sync
+
+
+def test_what_has_no_iebn_form_is_named():
+    net = nn.Sequential(nn.Conv3d(1, 2, 1), nn.BatchNorm3d(2))
+    with pytest.raises(TypeError, match="1 is a BatchNorm3d.*leave="):
+        convert_bn_to_iebn(net)
+    with pytest.raises(TypeError, match="no weight to warm start"):
+        convert_bn_to_iebn(nn.BatchNorm2d(4, affine=False))
+    assert isinstance(convert_bn_to_iebn(nn.Sequential(nn.BatchNorm1d(2)))[0], nn.BatchNorm1d)
+
+
+def test_learned_gates_do_not_become_batch_norm():
+    net = convert_bn_to_iebn(plain_network("resnet18"))
+    with torch.no_grad():
+        net.layer2[0].bn1.gate_weight[3] = 0.1
+    count = len(norms(net))
+    with pytest.raises(ValueError, match=r"layer2\.0\.bn1"):
+        convert_iebn_to_bn(net)
+    assert len(norms(net)) == count
+
+
+@pytest.mark.parametrize("name", ["resnet18_iebn", "mobilenetv3_small_100_iebn"])
+def test_frozen_norms_keep_their_gates_and_statistics(name):
+    net = randomize(timm.create_model(name)).double()
+    reference, state = copy.deepcopy(net).eval(), copy.deepcopy(net.state_dict())
+    frozen = freeze_batch_norm_2d(net).train()
+    assert norms(net).keys() == norms(reference).keys()
+    assert not any(p.requires_grad for m in norms(net).values() for p in m.parameters(recurse=False))
+    assert isinstance(frozen.get_submodule("bn1"), IEBN2d)
+    assert not any(
+        type(m) is nn.BatchNorm2d or type(m) is BatchNormAct2d for m in net.modules()
+    )  # the shortcuts' are timm's frozen ones
+    x = torch.randn(4, 3, 64, 64, dtype=torch.float64)
+    for module in frozen.modules():
+        if isinstance(module, nn.Dropout):
+            module.eval()
+    frozen.drop_rate = 0.0
+    torch.testing.assert_close(frozen(x), reference(x))
+    for key, value in net.state_dict().items():
+        assert torch.equal(value, state[key]), key
+    thawed = unfreeze_batch_norm_2d(frozen)
+    assert all(m.weight.requires_grad and not m.frozen for m in norms(thawed).values())
+    assert not norms(thawed, FrozenBatchNorm2d) and not norms(thawed, FrozenBatchNormAct2d)
+    thawed(x)
+    assert not torch.equal(thawed.state_dict()["bn1.running_mean"], state["bn1.running_mean"])
+
+
+SYNCED = ["resnet20_cifar_iebn", "mobilenetv2_cifar", "mobilenetv2_cifar_iebn"]
+
+
+def step(net, x, target):
+    y = net(x)
+    F.cross_entropy(y, target, reduction="sum").backward()
+    return y
+
+
+def sync_worker(rank, folder, sizes):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=len(sizes))
+    data = torch.load(f"{folder}/data.pt", weights_only=True)
+    results = {}
+    for name in SYNCED:
+        net = timm.create_model(name).double()
+        net.load_state_dict(data[name])
+        y = step(convert_sync_batchnorm(net), *(t.split(sizes)[rank] for t in (data["x"], data["target"])))
+        grads = [p.grad for p in net.parameters()]
+        for grad in grads:
+            dist.all_reduce(grad)
+        results[name] = dict(y=y.detach(), grads=grads, state=net.state_dict())
+    torch.save(results, f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("sizes", [(4, 4), (5, 3)])
+def test_two_processes_are_one(sizes, tmp_path):
+    nets = {name: randomize(timm.create_model(name)).double() for name in SYNCED}
+    x, target = torch.randn(8, 3, 32, 32, dtype=torch.float64), torch.randint(0, 100, (8,))
+    torch.save(dict(x=x, target=target, **{n: net.state_dict() for n, net in nets.items()}), tmp_path / "data.pt")
+    torch.multiprocessing.spawn(sync_worker, (str(tmp_path), sizes), nprocs=2)
+    ranks = [torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in range(2)]
+    close = dict(rtol=1e-8, atol=1e-8)
+    for name, net in nets.items():
+        y = step(net, x, target)
+        torch.testing.assert_close(torch.cat([r[name]["y"] for r in ranks]), y.detach(), **close)
+        for rank in ranks:
+            for (key, parameter), grad in zip(net.named_parameters(), rank[name]["grads"], strict=True):
+                torch.testing.assert_close(grad, parameter.grad, **close, msg=lambda m, k=key: f"{k}: {m}")
+            for key, value in net.state_dict().items():
+                torch.testing.assert_close(rank[name]["state"][key], value, **close, msg=lambda m, k=key: f"{k}: {m}")
+
+
+def test_a_synchronised_network_works_alone():
+    net = randomize(timm.create_model("resnet20_cifar_iebn"))
+    alone, x = copy.deepcopy(net), torch.randn(4, 3, 32, 32)
+    assert all(m.sync for m in norms(convert_sync_batchnorm(net)).values())
+    torch.testing.assert_close(net(x), alone(x))
+    torch.testing.assert_close(net.eval()(x), alone.eval()(x))
+    assert net.state_dict().keys() == alone.state_dict().keys()
+
+
+class AuthorsNorm(nn.Module):
+    """As in the authors' code: four parameters of shape (1, C, 1, 1)."""
+
+    def __init__(self, c):
+        super().__init__()
+        for name in ("weight", "bias", "weight_readjust", "bias_readjust"):
+            self.register_parameter(name, nn.Parameter(torch.randn(1, c, 1, 1)))
+        self.register_buffer("running_mean", torch.randn(c))
+        self.register_buffer("running_var", torch.rand(c) + 0.5)
+        self.register_buffer("num_batches_tracked", torch.tensor(7))
+
+    def forward(self, x):
+        gate = torch.sigmoid(x.mean((2, 3), keepdim=True) * self.weight_readjust + self.bias_readjust)
+        return F.batch_norm(x, self.running_mean, self.running_var) * self.weight * gate + self.bias
+
+
+class AuthorsBlock(nn.Module):
+    def __init__(self, c_in, planes, stride, expansion):
+        super().__init__()
+        out = planes * expansion
+        kernels = [(c_in, planes, 1, 1), (planes, planes, 3, stride), (planes, out, 1, 1)]
+        kernels = kernels if expansion == 4 else [(c_in, planes, 3, stride), (planes, out, 3, 1)]
+        for i, (a, b, k, s) in enumerate(kernels, 1):
+            self.add_module(f"conv{i}", nn.Conv2d(a, b, k, s, k // 2, bias=False))
+            self.add_module(f"bn{i}", AuthorsNorm(b))
+        self.depth, self.downsample = len(kernels), None
+        if stride != 1 or c_in != out:
+            self.downsample = nn.Sequential(nn.Conv2d(c_in, out, 1, stride, bias=False), randomize(nn.BatchNorm2d(out)))
+
+    def forward(self, x):
+        y = x
+        for i in range(1, self.depth + 1):
+            y = getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(y))
+            y = F.relu(y) if i < self.depth else y
+        return F.relu(y + (x if self.downsample is None else self.downsample(x)))
+
+
+class AuthorsResNet(nn.Module):
+    def __init__(self, depth, expansion, num_classes):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, padding=1, bias=False), AuthorsNorm(16)
+        c = 16
+        for i, planes in enumerate((16, 32, 64), 1):
+            blocks = []
+            for j in range(depth):
+                blocks.append(AuthorsBlock(c, planes, 2 if i > 1 and j == 0 else 1, expansion))
+                c = planes * expansion
+            self.add_module(f"layer{i}", nn.Sequential(*blocks))
+        self.fc = nn.Linear(c, num_classes)
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))
+        return self.fc(F.avg_pool2d(self.layer3(self.layer2(self.layer1(x))), 8).flatten(1))
+
+
+@pytest.fixture
+def authors_file(tmp_path):
+    def write(depth, expansion, prefix="module."):
+        theirs = AuthorsResNet(depth, expansion, 10).double().eval()
+        with torch.no_grad():  # keeps 164 layers of random norms within range
+            for name, parameter in theirs.named_parameters():
+                if name.endswith(("bn2.weight", "bn3.weight")):
+                    parameter.mul_(0.2)
+        path = tmp_path / "model_best.pth.tar"
+        state = {prefix + k: v for k, v in theirs.state_dict().items()}
+        torch.save(dict(epoch=164, state_dict=state, best_acc=77.09), path)
+        return theirs, path
+
+    return write
+
+
+@pytest.mark.parametrize("prefix", ["module.", ""])
+@pytest.mark.parametrize(
+    ("name", "depth", "expansion"), [("resnet164_cifar_iebn", 18, 4), ("resnet20_cifar_iebn", 3, 1)]
+)
+def test_the_authors_checkpoints_load(name, depth, expansion, prefix, authors_file):
+    theirs, path = authors_file(depth, expansion, prefix)
+    ours = load_authors_checkpoint(timm.create_model(name, num_classes=10).double(), path).eval()
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    expected = theirs(x)
+    assert expected.abs().max() > 1e-2
+    torch.testing.assert_close(ours(x), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_an_authors_checkpoint_of_another_depth_is_named(authors_file):
+    _, path = authors_file(3, 1)
+    with pytest.raises(RuntimeError, match=r"model_best\.pth\.tar does not fit CifarResNet"):
+        load_authors_checkpoint(timm.create_model("resnet32_cifar_iebn", num_classes=10), path)
+
+
+class Bomb:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('ran')",))
+
+
+@pytest.mark.parametrize("content", ["bomb", "text", "other"])
+def test_no_other_file_is_taken_for_an_authors_checkpoint(content, tmp_path):
+    path = tmp_path / "odd.pth.tar"
+    if content == "bomb":
+        path.write_bytes(pickle.dumps(Bomb()))
+    elif content == "text":
+        path.write_text("hello")
+    else:
+        torch.save(dict(state_dict=nn.BatchNorm2d(3).state_dict()), path)
+    with pytest.raises(RuntimeError, match=r"odd\.pth\.tar is not a checkpoint"):
+        load_authors_checkpoint(timm.create_model("resnet20_cifar_iebn"), path)
+    with pytest.raises(FileNotFoundError, match=r"gone\.pth\.tar"):
+        load_authors_checkpoint(timm.create_model("resnet20_cifar_iebn"), tmp_path / "gone.pth.tar")
