@@ -6,6 +6,7 @@ variance that torch's batch norm finds, is in the same dtype and layout.
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
 from timm_iebn.ops import iebn, iebn_eager, iebn_reference
@@ -190,6 +191,30 @@ def test_torch_func_grad_agrees_with_autograd():
     x = tensors[0].clone().requires_grad_()
     loss(x).backward()
     torch.testing.assert_close(torch.func.grad(loss)(tensors[0]), x.grad)
+
+
+def test_kept_memory_made_in_inference_mode_serves_training():
+    (x, *params), grad = draw((5, 7, 11, 13))
+    x, params = x.bfloat16(), [p.float() for p in params]
+    with torch.inference_mode():
+        first = iebn_eager(x, *params, None, None, True, 0.1, 1e-5)
+    for _ in range(2):
+        y = iebn_eager(x.clone().requires_grad_(), *params, None, None, True, 0.1, 1e-5)
+        y.backward(grad.bfloat16())
+        assert torch.equal(y, first)
+
+
+def test_fake_and_meta_tensors_pass_through_and_leave_nothing_behind():
+    (x, *params), grad = draw((5, 7, 11, 17))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        y = iebn(mode.from_tensor(x.bfloat16()).requires_grad_(), *params, None, None, None, True, 0.1, 1e-5)
+        y.sum().backward()
+        assert y.shape == x.shape
+    y = iebn(x.to("meta").requires_grad_(), *(p.to("meta") for p in params), None, None, None, True, 0.1, 1e-5)
+    y.sum().backward()
+    real = iebn(x.bfloat16().requires_grad_(), *params, None, None, None, True, 0.1, 1e-5)
+    real.backward(grad.bfloat16())
+    assert type(real.detach()) is torch.Tensor and real.isfinite().all()
 
 
 @pytest.mark.parametrize("path", [iebn_eager, iebn_reference])

@@ -71,9 +71,10 @@ def iebn(
         # with several ranks one value in each is enough
         check_input(x, gate_weight.shape[0], training and group is None)
     tensors = (x, weight, bias, gate_weight, gate_bias, running_mean, running_var)
-    in_graph = tracing or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    # tensor subclasses (fake, distributed) and meta tensors have no values to look at or memory to keep
+    symbolic = tracing or torch.compiler.is_compiling() or type(x) is not Tensor or x.is_meta
     share = batch_share(num_batches_tracked, momentum)
-    if in_graph and group is None:
+    if group is None and (symbolic or torch._C._are_functorch_transforms_active()):
         y = iebn_reference(*tensors, training, share, eps)
     else:
         y = iebn_eager(*tensors, training, share, eps, group)

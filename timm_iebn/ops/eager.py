@@ -36,7 +36,8 @@ def _scratch(like: Tensor, dtype: torch.dtype, slot: int) -> Tensor:
     slots = _kept.__dict__
     flat = slots.get((slot, dtype))
     if flat is None or flat.numel() < like.numel():
-        flat = slots[slot, dtype] = torch.empty(like.numel(), dtype=dtype)
+        with torch.inference_mode(False):  # a tensor made in inference mode can't be written to outside
+            flat = slots[slot, dtype] = torch.empty(like.numel(), dtype=dtype)
     return flat.as_strided(like.shape, like.stride())
 
 
