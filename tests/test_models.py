@@ -1,7 +1,5 @@
 """timm's own demands on a model, over every name that is registered here."""
 
-import fnmatch
-
 import pytest
 import timm
 import torch
@@ -37,9 +35,7 @@ CIFAR = {
 }
 TWINS = [*RESNETS, *MOBILENETS, *CIFAR]
 NAMES = [f"{twin}_iebn" for twin in TWINS]
-# too slow to run a dozen times on two cores; other members of their families are
-LARGE = ["*101*", "*152*", "wide_*", "*_large_iebn", "wrn_*", "resnext29*", "*110*", "*164_cifar", "resnet50d_cifar"]
-RUN = [n for n in [*NAMES, *CIFAR] if not any(fnmatch.fnmatch(n, pattern) for pattern in LARGE)]
+ALL = [*NAMES, *CIFAR]
 # one of every block, builder and stem
 FAMILIES = [
     "resnet18_iebn",
@@ -76,7 +72,7 @@ def test_the_registered_names_are_the_promised_ones():
     assert sorted(timm.list_models("*_cifar")) == sorted(CIFAR)
 
 
-@pytest.mark.parametrize("name", RUN)
+@pytest.mark.parametrize("name", ALL)
 def test_forward_and_backward(name):
     model = build(name).train()
     y = model(images(name, batch=3))
@@ -85,7 +81,7 @@ def test_forward_and_backward(name):
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
 
 
-@pytest.mark.parametrize("name", RUN)
+@pytest.mark.parametrize("name", ALL)
 def test_heads_and_channels(name):
     x = images(name, chans=1)
     model = build(name, in_chans=1, num_classes=7).eval()
@@ -105,7 +101,7 @@ def test_heads_and_channels(name):
     assert timm.create_model(name, num_classes=0, in_chans=1).eval()(x).shape == (2, model.head_hidden_size)
 
 
-@pytest.mark.parametrize("name", RUN)
+@pytest.mark.parametrize("name", ALL)
 def test_features(name):
     x = images(name)
     model = build(name, features_only=True).eval()
@@ -119,7 +115,7 @@ def test_features(name):
     assert len(timm.create_model(name, features_only=True, out_indices=(1, 3))(x)) == 2
 
 
-@pytest.mark.parametrize("name", RUN)
+@pytest.mark.parametrize("name", ALL)
 def test_intermediates(name):
     x = images(name)
     model = build(name).eval()
@@ -134,7 +130,7 @@ def test_intermediates(name):
     only = model.forward_intermediates(x, indices=2, intermediates_only=True)
     assert len(only) == 2
     torch.testing.assert_close(only[1], intermediates[-1])
-    if name in CIFAR or "cifar" in name:
+    if "cifar" in name:
         assert model.prune_intermediate_layers(len(info) - 1, prune_head=False) == list(range(1, len(info)))
         torch.testing.assert_close(model.forward_intermediates(x, [len(info) - 1])[0], features)
     model.prune_intermediate_layers([1], prune_head=True)
@@ -154,7 +150,7 @@ def test_gradient_checkpointing_changes_nothing(name):
         torch.testing.assert_close(a.grad, b.grad, msg=lambda m, k=key: f"{k}: {m}")
 
 
-@pytest.mark.parametrize("name", RUN)
+@pytest.mark.parametrize("name", ALL)
 def test_every_parameter_has_a_group(name):
     with torch.device("meta"):
         model = timm.create_model(name)
@@ -199,7 +195,7 @@ def test_compiles_and_exports(name):
     torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", [*NAMES, *CIFAR])
+@pytest.mark.parametrize("name", ALL)
 def test_the_cfg_names_real_layers_and_true_sizes(name):
     with torch.device("meta"):
         model = timm.create_model(name)
