@@ -25,7 +25,7 @@ tags: [image-classification, timm, timm-iebn]
 
 # {model} on {data}
 
-{norm}. Trained with [timm-iebn](https://github.com/timm-iebn/timm-iebn): {epochs} epochs, seed {seed}.
+{norm}. Trained with timm-iebn: {epochs} epochs, seed {seed}.
 Top-1 {test_top1:.2f} %, top-5 {test_top5:.2f} % on the test split, which was used for this report only; the last
 epoch counts. The recipe, the log and the library versions stand beside this card.
 

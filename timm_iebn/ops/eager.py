@@ -213,7 +213,7 @@ class _IEBN(torch.autograd.Function):
 
 def _reference_grads(ctx: Any, inputs: tuple[Tensor | None, ...], mean: Tensor, var: Tensor, grad: Tensor) -> list:
     if ctx.group is not None:
-        raise NotImplementedError("synchronised IEBN has no second derivative: convert it back with sync=False first")
+        raise NotImplementedError("synchronised IEBN has no second derivative: compute it in one process")
     mean, var = (None, None) if ctx.batch else (mean, var)
     y = iebn_reference(*inputs, mean, var, training=False, momentum=0.0, eps=ctx.eps)
     wanted = [p for p, needed in zip(inputs, ctx.needs_input_grad[:5], strict=True) if needed]
