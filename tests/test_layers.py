@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+import timm_iebn
 from timm_iebn import IEBN2d, IEBNAct2d
 
 FORMATS = [torch.contiguous_format, torch.channels_last]
@@ -130,21 +131,24 @@ def test_bad_input_raises_as_batch_norm_does(x, error, message):
     assert norm.num_batches_tracked == 0
 
 
+COMPILERS = dict(
+    script=lambda m, x: torch.jit.script(m),
+    trace=lambda m, x: torch.jit.trace(copy.deepcopy(m), x, check_trace=False),
+    fx=lambda m, x: torch.fx.symbolic_trace(m),
+    compile=lambda m, x: torch.compile(m, fullgraph=True),
+)
+
+
 @pytest.mark.parametrize("kind", [IEBN2d, IEBNAct2d])
 @pytest.mark.parametrize("training", [True, False])
 class TestCompilers:
     @scripting
-    @pytest.mark.parametrize("compiler", ["script", "trace", "fx", "compile"])
+    @pytest.mark.parametrize("compiler", COMPILERS)
     def test_outputs_statistics_and_gradients_are_eagers(self, kind, training, compiler):
         eager = layer(kind=kind).train(training)
         other = copy.deepcopy(eager)
         x = images()
-        compiled = dict(
-            script=torch.jit.script,
-            trace=lambda m: torch.jit.trace(copy.deepcopy(m), x, check_trace=False),
-            fx=torch.fx.symbolic_trace,
-            compile=lambda m: torch.compile(m, fullgraph=True),
-        )[compiler](other)
+        compiled = COMPILERS[compiler](other, x)
         if compiler == "trace":  # tracing has run the copy once
             compiled.load_state_dict(eager.state_dict())
         ys = []
@@ -187,9 +191,35 @@ def network():
     return randomize(nn.Sequential(nn.Conv2d(3, 6, 3), IEBN2d(6), nn.ReLU(), nn.Conv2d(6, 4, 1), IEBNAct2d(4)))
 
 
-def test_fx_traces_a_network_whole():
-    net, x = network().eval(), torch.randn(2, 3, 9, 9)
-    torch.testing.assert_close(torch.fx.symbolic_trace(net)(x), net(x))
+@scripting
+@pytest.mark.parametrize("compiler", COMPILERS)
+@pytest.mark.parametrize("training", [True, False])
+def test_a_compiled_network_computes_and_counts_what_eager_does(compiler, training):
+    net, x = network().train(training), torch.randn(4, 3, 9, 9)
+    compiled = COMPILERS[compiler](copy.deepcopy(net), x)
+    if compiler == "trace":  # tracing has run the copy once
+        compiled.load_state_dict(net.state_dict(), strict=training)  # in eval, it drops the count of batches
+    torch.testing.assert_close(compiled(x), net(x), rtol=1e-4, atol=1e-5)
+    buffers = dict(net.named_buffers())
+    for name, buffer in compiled.named_buffers():
+        torch.testing.assert_close(buffer, buffers[name.removeprefix("_orig_mod.")])
+
+
+@scripting
+@pytest.mark.parametrize("compiler", ["script", "fx", "compile"])  # torch.jit.trace keeps batch norm's mode too
+@pytest.mark.parametrize("first", [True, False])
+def test_a_compiled_network_follows_train_and_eval(compiler, first):
+    net, x = network().train(first), torch.randn(4, 3, 9, 9)
+    compiled = COMPILERS[compiler](copy.deepcopy(net), x).train(not first)
+    torch.testing.assert_close(compiled(x), net.train(not first)(x), rtol=1e-4, atol=1e-5)
+
+
+@scripting
+@pytest.mark.parametrize("shape", [(4, 6, 5), (4, 3, 5, 5), (1, 6, 1, 1)])
+def test_a_scripted_layer_refuses_bad_input(shape):
+    scripted = torch.jit.script(layer())
+    with pytest.raises(RuntimeError, match=r"expected .*\[4, 6, 5\]|expected 6 channels, got 3|expected more than 1"):
+        scripted(torch.randn(shape))
 
 
 def test_export_takes_any_batch():
@@ -200,8 +230,6 @@ def test_export_takes_any_batch():
     torch.testing.assert_close(program.module()(x), net(x))
 
 
-# the exporter's own libraries warn about themselves
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 def test_onnx_runs_to_equal_outputs():
     net, x = network().eval(), torch.randn(2, 3, 9, 9)
     program = torch.onnx.export(net, (x,), dynamo=True, verbose=False)
@@ -237,6 +265,10 @@ def gates(net):
     return sum(isinstance(m, IEBN2d) for m in net.modules())
 
 
+def quantise(*names):
+    return lambda net: torch.ao.quantization.fuse_modules(net, [list(names)])
+
+
 @pytest.mark.parametrize(
     "drop_gates",
     [
@@ -246,23 +278,44 @@ def gates(net):
         timm.layers.freeze_batch_norm_2d,
         timm.utils.freeze,
         lambda net: nn.utils.fusion.fuse_conv_bn_eval(net[0], net[1]),
-        lambda net: torch.ao.quantization.fuse_modules(net, [["0", "1", "2"]]),
         lambda net: net[1].eps,
+        quantise("0", "1"),
+        quantise("0", "1", "2"),
+        quantise("1", "2"),
     ],
-    ids=["torch sync", "timm sync", "split", "timm freeze", "timm.utils.freeze", "fuse conv", "quantise", "eps"],
+    ids=[
+        *["torch sync", "timm sync", "split", "timm freeze", "timm.utils.freeze", "fuse conv", "eps"],
+        *["quantise conv", "quantise conv relu", "quantise relu"],
+    ],
 )
-def test_what_would_drop_a_gate_fails_loudly(drop_gates):
-    net = network().eval()
-    with pytest.raises((AttributeError, AssertionError), match=r"IEBN"):
+def test_what_would_drop_a_gate_fails_loudly_and_changes_nothing(drop_gates, request):
+    net, x = network().eval(), torch.randn(2, 3, 9, 9)
+    y, state = net(x), copy.deepcopy(net.state_dict())
+    quantising = "quantise" in request.node.callspec.id
+    error, message = (AssertionError, "IEBN2d") if quantising else (AttributeError, r"IEBN2d\.eps is not readable")
+    with pytest.raises(error, match=message):
         drop_gates(net)
-    assert gates(net) == 2
+    assert gates(net) == 2 and net.state_dict().keys() == state.keys()
+    assert torch.equal(net(x), y)
+
+
+def test_eps_is_missing_and_the_message_names_every_remedy():
+    norm = IEBN2d(6, eps=1e-3)
+    assert not hasattr(norm, "eps") and norm._eps == 1e-3
+    with pytest.raises(AttributeError) as error:
+        _ = norm.eps
+    for remedy in ("convert_sync_batchnorm", "freeze_batch_norm_2d", "convert_iebn_to_bn"):
+        assert f"timm_iebn.{remedy}" in str(error.value) and hasattr(timm_iebn, remedy)
+    assert "`_eps`" in str(error.value)
 
 
 def test_fx_fusion_leaves_iebn_alone():
     from torch.fx.experimental.optimization import fuse
 
     net, x = network().eval(), torch.randn(2, 3, 9, 9)
-    torch.testing.assert_close(fuse(copy.deepcopy(net))(x), net(x))
+    fused = fuse(copy.deepcopy(net))
+    torch.testing.assert_close(fused(x), net(x))
+    assert {k for k in net.state_dict() if "gate" in k} <= fused.state_dict().keys()
 
 
 def test_weight_averaging_recomputes_the_statistics():
@@ -291,6 +344,17 @@ def test_timm_builds_with_the_name_and_keeps_every_activation(name):
     assert all(m.gate_weight.grad.isfinite().all() for m in norms)
     with pytest.raises((KeyError, TypeError, AssertionError)):
         timm.create_model(name, norm_layer="no_such_norm")
+
+
+@pytest.mark.parametrize("name", ["iebn", "iebn2d"])
+def test_timm_knows_the_layers_by_name_and_by_class(name):
+    assert timm.layers.get_norm_layer(name) is timm.layers.get_norm_layer(IEBN2d) is IEBN2d
+    assert type(timm.layers.create_norm_layer(name, 4)) is IEBN2d
+    for given in (name, IEBN2d, IEBNAct2d):
+        norm = timm.layers.get_norm_act_layer(given, "silu")(4)
+        assert type(norm) is IEBNAct2d and isinstance(norm.act, nn.SiLU)
+        bare = timm.layers.get_norm_act_layer(given, "silu")(4, apply_act=False)
+        assert isinstance(bare.act, nn.Identity)
 
 
 def test_pretrained_weights_without_gates_are_refused_by_name():
