@@ -21,6 +21,7 @@ from timm_iebn import (
     load_authors_checkpoint,
     unfreeze_batch_norm_2d,
 )
+from timm_iebn.layers import SyncBatchNorm2d
 
 NETWORKS = ["resnet18", "mobilenetv3_small_100", "densenet121", "regnety_002"]
 
@@ -44,11 +45,45 @@ def test_a_warm_start_keeps_the_function_and_goes_back(name, training):
     expected, y = before(x), (torch.random.set_rng_state(dropout), after(x))[1]
     torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-9)
     for key, value in before.state_dict().items():
-        if "running" in key:
+        if "running" in key or "tracked" in key:
             torch.testing.assert_close(after.state_dict()[key], value)
     back = convert_iebn_to_bn(after)
     assert norms(back) == {} and back.state_dict().keys() == before.state_dict().keys()
     torch.testing.assert_close(back.eval()(x), before.eval()(x), rtol=1e-9, atol=1e-9)
+
+
+def shared():
+    """One norm in two places of one module, and in another module."""
+    norm = nn.BatchNorm2d(3)
+    return nn.Sequential(nn.Conv2d(3, 3, 1), norm, nn.ReLU(), norm, nn.Sequential(nn.Conv2d(3, 3, 1), norm))
+
+
+def sequential():
+    act = BatchNormAct2d(6, eps=1e-3, momentum=0.3, act_layer="silu", drop_layer=nn.Dropout2d)
+    return nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5, eps=0.1, momentum=0.2), nn.Conv2d(5, 6, 3), act)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("build", [sequential, shared])
+def test_a_warm_start_of_a_plain_network_keeps_its_function(build, training):
+    before = randomize(build()).double().train(training)
+    for module in before.modules():
+        if isinstance(module, nn.Dropout2d):
+            module.eval()
+    after = convert_bn_to_iebn(copy.deepcopy(before))
+    x = torch.randn(4, 3, 9, 9, dtype=torch.float64)
+    for _ in range(2):  # the second time with moved statistics
+        torch.testing.assert_close(after(x), before(x), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(dict(after.named_buffers()), dict(before.named_buffers()))
+    assert all(isinstance(m, IEBN2d) for m in norms(after, nn.BatchNorm2d).values())
+    back = convert_iebn_to_bn(after)
+    torch.testing.assert_close(back(x), before(x), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(dict(back.named_buffers()), dict(before.named_buffers()))
+
+
+@pytest.mark.parametrize("convert", [convert_sync_batchnorm, freeze_batch_norm_2d])
+def test_a_shared_norm_is_converted_everywhere(convert):
+    assert not any(type(m) is nn.BatchNorm2d for m in convert(shared()).modules())
 
 
 def test_activations_survive_both_ways():
@@ -59,6 +94,10 @@ def test_activations_survive_both_ways():
         there, again = after.get_submodule(name), back.get_submodule(name)
         assert isinstance(there, IEBNAct2d) and isinstance(again, BatchNormAct2d)
         assert type(norm.act) is type(there.act) is type(again.act)
+    act = sequential()[3]
+    there = convert_bn_to_iebn(copy.deepcopy(act))
+    for norm in (there, convert_iebn_to_bn(copy.deepcopy(there))):
+        assert type(norm.act) is nn.SiLU and type(norm.drop) is nn.Dropout2d
 
 
 @pytest.mark.parametrize(
@@ -84,12 +123,49 @@ def test_a_fresh_start_keeps_the_weights():
     assert torch.equal(iebn.weight, norm.weight) and iebn.gate_bias.unique().tolist() == [-1]
 
 
+def test_the_layer_shows_that_it_is_frozen_or_synchronised():
+    assert "frozen=True" in repr(freeze_batch_norm_2d(IEBN2d(4))) and "sync=True" not in repr(IEBN2d(4))
+    assert "sync=True" in repr(convert_sync_batchnorm(IEBN2d(4)))
+
+
 def test_conversion_keeps_settings_dtype_and_grad():
     norm = nn.BatchNorm2d(5, eps=1e-3, momentum=None, track_running_stats=False).bfloat16()
     norm.weight.requires_grad_(False)
     iebn = convert_bn_to_iebn(norm)
     assert (iebn._eps, iebn.momentum, iebn.running_mean) == (1e-3, None, None)
     assert {p.dtype for p in iebn.parameters()} == {torch.bfloat16} and not iebn.weight.requires_grad
+
+
+def neutral(norm):
+    """`norm` with random tensors, gates that differ among channels but not among images, and odd settings."""
+    nn.init.zeros_(randomize(norm).gate_weight)
+    return norm
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "norm",
+    [
+        IEBN2d(5, eps=0.1, momentum=0.3),
+        IEBN2d(5, momentum=None),
+        IEBN2d(5, affine=False),
+        IEBN2d(5, track_running_stats=False),
+        IEBNAct2d(5, act_layer="silu"),
+        convert_sync_batchnorm(IEBN2d(5)),
+        freeze_batch_norm_2d(IEBN2d(5)),
+        freeze_batch_norm_2d(IEBNAct2d(5)),
+    ],
+    ids=["eps", "cumulative", "no affine", "untracked", "act", "sync", "frozen", "frozen act"],
+)
+def test_neutral_gates_become_the_same_batch_norm(norm, training):
+    before = neutral(copy.deepcopy(norm)).train(training)
+    after, x = convert_iebn_to_bn(copy.deepcopy(before)), torch.randn(4, 5, 6, 6)
+    assert not isinstance(after, IEBN2d)
+    for _ in range(2):
+        torch.testing.assert_close(after(x), before(x))
+    if norm.track_running_stats:
+        torch.testing.assert_close(after.running_mean, before.running_mean)
+        torch.testing.assert_close(after.running_var, before.running_var)
 
 
 def test_converting_twice_changes_nothing():
@@ -100,8 +176,13 @@ def test_converting_twice_changes_nothing():
 
 
 def test_a_synchronised_norm_stays_synchronised():
-    assert convert_bn_to_iebn(nn.SyncBatchNorm(4)).sync
-    assert convert_bn_to_iebn(convert_sync_batchnorm(nn.BatchNorm2d(4))).sync
+    group = object()
+    for norm in (nn.SyncBatchNorm(4, process_group=group), convert_sync_batchnorm(nn.BatchNorm2d(4), group)):
+        iebn = convert_bn_to_iebn(norm)
+        assert iebn.sync and iebn.process_group is group
+        back = convert_iebn_to_bn(iebn)
+        assert isinstance(back, SyncBatchNorm2d) and back.process_group is group
+    assert convert_sync_batchnorm(IEBN2d(4), group).process_group is group
 
 
 def test_what_has_no_iebn_form_is_named():
@@ -113,14 +194,22 @@ def test_what_has_no_iebn_form_is_named():
     assert isinstance(convert_bn_to_iebn(nn.Sequential(nn.BatchNorm1d(2)))[0], nn.BatchNorm1d)
 
 
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, BatchNormAct2d])
+def test_a_frozen_batch_norm_is_not_left_out_silently(kind):
+    with pytest.raises(TypeError, match="0 is a FrozenBatchNorm.*leave="):
+        convert_bn_to_iebn(timm.layers.freeze_batch_norm_2d(nn.Sequential(kind(3))))
+
+
 def test_learned_gates_do_not_become_batch_norm():
     net = convert_bn_to_iebn(plain_network("resnet18"))
     with torch.no_grad():
         net.layer2[0].bn1.gate_weight[3] = 0.1
-    count = len(norms(net))
-    with pytest.raises(ValueError, match=r"layer2\.0\.bn1"):
+        for n in (0, 1):
+            nn.init.ones_(net.layer4[n].bn1.gate_weight), nn.init.ones_(net.layer4[n].bn2.gate_weight)
+    before, state = norms(net), copy.deepcopy(net.state_dict())
+    with pytest.raises(ValueError, match=r"layer2\.0\.bn1, layer4\.0\.bn1, layer4\.0\.bn2 and 2 more"):
         convert_iebn_to_bn(net)
-    assert len(norms(net)) == count
+    assert norms(net) == before and all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
 
 
 @pytest.mark.parametrize("name", ["resnet18_iebn", "mobilenetv3_small_100_iebn"])
@@ -142,10 +231,14 @@ def test_frozen_norms_keep_their_gates_and_statistics(name):
     torch.testing.assert_close(frozen(x), reference(x))
     for key, value in net.state_dict().items():
         assert torch.equal(value, state[key]), key
+    for key in norms(net):
+        assert all(f"{key}.{k}" in net.state_dict() for k in IEBN2d(1).state_dict())
     thawed = unfreeze_batch_norm_2d(frozen)
     assert all(m.weight.requires_grad and not m.frozen for m in norms(thawed).values())
     assert not norms(thawed, FrozenBatchNorm2d) and not norms(thawed, FrozenBatchNormAct2d)
-    thawed(x)
+    assert all(p.requires_grad for p in thawed.parameters()) and thawed.state_dict().keys() == state.keys()
+    torch.testing.assert_close(thawed.eval()(x), reference(x))
+    thawed.train()(x)
     assert not torch.equal(thawed.state_dict()["bn1.running_mean"], state["bn1.running_mean"])
 
 
@@ -166,11 +259,18 @@ def sync_worker(rank, folder, sizes):
     for name in SYNCED:
         net = timm.create_model(name).double()
         net.load_state_dict(data[name])
+        x = data["x"].split(sizes)[rank]
+        with torch.no_grad():  # not converted, each rank is on its own
+            alone = copy.deepcopy(net)(x)
         y = step(convert_sync_batchnorm(net), *(t.split(sizes)[rank] for t in (data["x"], data["target"])))
         grads = [p.grad for p in net.parameters()]
         for grad in grads:
             dist.all_reduce(grad)
-        results[name] = dict(y=y.detach(), grads=grads, state=net.state_dict())
+        state = copy.deepcopy(net.state_dict())
+        with torch.no_grad():  # neither do ranks meet in eval or with frozen norms
+            calm = net.eval()(x)
+            frozen = freeze_batch_norm_2d(net).train()(x)
+        results[name] = dict(y=y.detach(), grads=grads, state=state, alone=alone, calm=calm, frozen=frozen)
     torch.save(results, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
 
@@ -184,6 +284,8 @@ def test_two_processes_are_one(sizes, tmp_path):
     ranks = [torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in range(2)]
     close = dict(rtol=1e-8, atol=1e-8)
     for name, net in nets.items():
+        for rank, part in zip(ranks, x.split(sizes), strict=True):
+            torch.testing.assert_close(rank[name]["alone"], copy.deepcopy(net)(part).detach(), **close)
         y = step(net, x, target)
         torch.testing.assert_close(torch.cat([r[name]["y"] for r in ranks]), y.detach(), **close)
         for rank in ranks:
@@ -191,6 +293,9 @@ def test_two_processes_are_one(sizes, tmp_path):
                 torch.testing.assert_close(grad, parameter.grad, **close, msg=lambda m, k=key: f"{k}: {m}")
             for key, value in net.state_dict().items():
                 torch.testing.assert_close(rank[name]["state"][key], value, **close, msg=lambda m, k=key: f"{k}: {m}")
+        expected = net.eval()(x).detach()
+        for key in ("calm", "frozen"):
+            torch.testing.assert_close(torch.cat([r[name][key] for r in ranks]), expected, **close)
 
 
 def test_a_synchronised_network_works_alone():
@@ -286,10 +391,25 @@ def test_the_authors_checkpoints_load(name, depth, expansion, prefix, authors_fi
     torch.testing.assert_close(ours(x), expected, rtol=1e-9, atol=1e-9)
 
 
-def test_an_authors_checkpoint_of_another_depth_is_named(authors_file):
+@pytest.mark.parametrize(
+    ("name", "num_classes", "why"),
+    [
+        ("resnet32_cifar_iebn", 10, r"Missing key.*layer1\.3"),
+        ("resnet20_cifar_iebn", 100, r"size mismatch for fc\.weight"),
+        ("resnet20_cifar", 10, r"Unexpected key.*bn1\.gate_weight"),
+        ("resnet164_cifar_iebn", 10, r"Missing key.*layer1\.0\.conv3"),
+    ],
+)
+def test_an_authors_checkpoint_of_another_network_is_named(name, num_classes, why, authors_file):
     _, path = authors_file(3, 1)
-    with pytest.raises(RuntimeError, match=r"model_best\.pth\.tar does not fit CifarResNet"):
-        load_authors_checkpoint(timm.create_model("resnet32_cifar_iebn", num_classes=10), path)
+    with pytest.raises(RuntimeError, match=rf"(?s)model_best\.pth\.tar does not fit CifarResNet.*{why}"):
+        load_authors_checkpoint(timm.create_model(name, num_classes=num_classes), path)
+
+
+def test_an_authors_checkpoint_of_a_deeper_network_is_named(authors_file):
+    _, path = authors_file(5, 1)
+    with pytest.raises(RuntimeError, match=r"(?s)does not fit CifarResNet.*Unexpected key.*layer1\.3"):
+        load_authors_checkpoint(timm.create_model("resnet20_cifar_iebn", num_classes=10), path)
 
 
 class Bomb:
@@ -297,16 +417,46 @@ class Bomb:
         return (exec, ("raise SystemExit('ran')",))
 
 
-@pytest.mark.parametrize("content", ["bomb", "text", "other"])
-def test_no_other_file_is_taken_for_an_authors_checkpoint(content, tmp_path):
-    path = tmp_path / "odd.pth.tar"
-    if content == "bomb":
+def corrupt(path, content):
+    checkpoint = torch.load(path, weights_only=True)
+    state = checkpoint["state_dict"]
+    if content == "pickle":
         path.write_bytes(pickle.dumps(Bomb()))
     elif content == "text":
         path.write_text("hello")
-    else:
+    elif content == "half a file":
+        path.write_bytes(path.read_bytes()[:5000])
+    elif content == "batch norm":
         torch.save(dict(state_dict=nn.BatchNorm2d(3).state_dict()), path)
-    with pytest.raises(RuntimeError, match=r"odd\.pth\.tar is not a checkpoint"):
-        load_authors_checkpoint(timm.create_model("resnet20_cifar_iebn"), path)
+    elif content == "bare state dict":
+        torch.save(state, path)
+    elif content == "list":
+        torch.save([1, 2], path)
+    elif content == "number":
+        torch.save(dict(state_dict=state | {"module.bn1.weight_readjust": 3}), path)
+    elif content == "odd key":
+        torch.save(dict(state_dict={0: torch.ones(1)} | state), path)
+    else:  # complete, and more than that
+        torch.save(checkpoint | dict(extra=Bomb()), path, _use_new_zipfile_serialization="legacy" not in content)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *["pickle", "code", "code, legacy", "text", "half a file"],
+        *["batch norm", "bare state dict", "list", "number", "odd key"],
+    ],
+)
+def test_no_other_file_is_taken_for_an_authors_checkpoint(content, authors_file):
+    _, path = authors_file(3, 1)
+    model = timm.create_model("resnet20_cifar_iebn", num_classes=10)
+    state = copy.deepcopy(model.state_dict())
+    corrupt(path, content)
+    with pytest.raises(RuntimeError, match=r"model_best\.pth\.tar is not a checkpoint"):
+        load_authors_checkpoint(model, path)
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+def test_a_missing_authors_checkpoint_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"gone\.pth\.tar"):
         load_authors_checkpoint(timm.create_model("resnet20_cifar_iebn"), tmp_path / "gone.pth.tar")

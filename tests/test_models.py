@@ -8,7 +8,7 @@ from timm.models import get_pretrained_cfg, group_parameters, is_model
 from timm.models._features_fx import FeatureGraphNet
 from torch import nn
 
-from timm_iebn import IEBN2d
+from timm_iebn import IEBN2d, iebn
 
 RESNETS = (
     "resnet18 resnet26 resnet34 resnet50 resnet101 resnet152 resnet50d wide_resnet50_2 wide_resnet101_2 "
@@ -95,6 +95,8 @@ def test_heads_and_channels(name):
     assert classifier.weight.shape[0] == 7 and any(m is classifier for m in model.modules())
     model.reset_classifier(5)
     assert model.num_classes == 5 and model(x).shape == (2, 5)
+    model.reset_classifier(0)
+    assert model(x).shape == (2, model.head_hidden_size)
     model.reset_classifier(0, "")
     unpooled = model(x)  # MobileNetV3 and V4 have a convolution in their head
     assert unpooled.dim() == 4 and unpooled.shape[1] == model.head_hidden_size
@@ -144,8 +146,10 @@ def test_gradient_checkpointing_changes_nothing(name):
     plain, saving = build(name).double(), timm.create_model(name).double()
     saving.load_state_dict(plain.state_dict())
     saving.set_grad_checkpointing()
-    for model in (plain, saving):
-        model.eval()(x.double()).square().mean().backward()
+    ys = [model.eval()(x.double()) for model in (plain, saving)]
+    torch.testing.assert_close(*ys)
+    for y in ys:
+        y.square().mean().backward()
     for (key, a), b in zip(plain.named_parameters(), saving.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, msg=lambda m, k=key: f"{k}: {m}")
 
@@ -185,6 +189,11 @@ def test_fx_features(name):
     assert [f.shape[1] for f in found] == [i["num_chs"] for i in model.feature_info][-2:]
     _, expected = model.forward_intermediates(x)
     torch.testing.assert_close(found[-1], expected[-1])
+    levels = build(name, features_only=True, feature_cls="fx").eval()
+    assert [f.shape[1] for f in levels(x)] == levels.feature_info.channels()
+    nodes = levels.graph_module.graph.nodes
+    assert any(isinstance(levels.graph_module.get_submodule(n.target), IEBN2d) for n in nodes if n.op == "call_module")
+    assert not any(n.target is iebn for n in nodes)  # the layer is a leaf, as batch norm is
 
 
 @pytest.mark.parametrize("name", FAMILIES)

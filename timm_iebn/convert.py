@@ -22,16 +22,24 @@ GATES = ("gate_weight", "gate_bias")
 _AUTHORS_NAMES = {"weight_readjust": "gate_weight", "bias_readjust": "gate_bias"}
 
 
-def _replace(module: nn.Module, swap: Callable[[str, nn.Module], nn.Module | None], name: str = "") -> nn.Module:
-    """`module` with every submodule for which `swap(name, submodule)` is not None replaced by that, in place."""
-    found = swap(name, module)
-    if found is not None:
-        return found
-    for key, child in module.named_children():
-        replaced = _replace(child, swap, f"{name}.{key}" if name else key)
-        if replaced is not child:
-            module._modules[key] = replaced
-    return module
+def _replace(module: nn.Module, swap: Callable[[str, nn.Module], nn.Module | None]) -> nn.Module:
+    """`module` with every submodule for which `swap(name, submodule)` is not None replaced by that, in place.
+
+    A module that stands in several places is asked for once, by its first name, and replaced in all of them.
+    """
+    done: dict[nn.Module, nn.Module] = {}
+
+    def visit(name: str, module: nn.Module) -> nn.Module:
+        if module not in done:
+            found = swap(name, module)
+            done[module] = module if found is None else found
+            if found is None:
+                for key, child in module._modules.items():
+                    if child is not None:
+                        module._modules[key] = visit(f"{name}.{key}" if name else key, child)
+        return done[module]
+
+    return visit("", module)
 
 
 def _set_tensors(target: nn.Module, source: nn.Module) -> None:
@@ -76,7 +84,8 @@ def convert_bn_to_iebn(
     def swap(name: str, norm: nn.Module) -> nn.Module | None:
         if isinstance(norm, IEBN2d):
             return norm
-        if not isinstance(norm, _BatchNorm) or isinstance(norm, nn.BatchNorm1d) or left_out(name, norm):
+        is_norm = isinstance(norm, _BatchNorm | FrozenBatchNorm2d | FrozenBatchNormAct2d)
+        if not is_norm or isinstance(norm, nn.BatchNorm1d) or left_out(name, norm):
             return None
         synced = isinstance(norm, nn.SyncBatchNorm | SyncBatchNorm2d | SyncBatchNormAct2d)
         if not synced and not isinstance(norm, nn.BatchNorm2d):
@@ -143,6 +152,8 @@ def convert_iebn_to_bn(module: nn.Module) -> nn.Module:
             if norm.weight is None:
                 bn.weight = own_weight
             bn.weight.mul_(torch.sigmoid(norm.gate_bias))
+        if norm.frozen:
+            return timm.layers.freeze_batch_norm_2d(bn)
         return convert_sync_batchnorm(bn, norm.process_group) if norm.sync else bn
 
     return _replace(module, swap)
@@ -243,7 +254,10 @@ def load_authors_checkpoint(model: nn.Module, path: str | Path) -> nn.Module:
     except Exception as e:
         raise RuntimeError(f"{path} is not a checkpoint that can be read safely (weights only): {e}") from e
     state_dict = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
-    if not isinstance(state_dict, dict) or not any(key.endswith("weight_readjust") for key in state_dict):
+    is_state_dict = isinstance(state_dict, dict) and all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state_dict.items()
+    )
+    if not is_state_dict or not any(key.endswith("weight_readjust") for key in state_dict):
         raise RuntimeError(f"{path} is not a checkpoint of the IEBN authors: it has no 'state_dict' with gates")
     converted = {}
     for key, tensor in state_dict.items():

@@ -11,9 +11,19 @@ from torch import Tensor, nn
 
 from .ops import batch_share, check_input, iebn, iebn_reference
 
-torch.fx.wrap("iebn")  # a symbolic trace keeps the call whole: it branches on shapes and flags
+torch.fx.wrap("iebn")  # a symbolic trace of a bare layer keeps the call whole: it branches on sizes
 
 GATE_BIAS_INIT = -1.0  # the authors' start: every gate is sigmoid(-1) = 0.2689
+
+
+def _is_symbolic(layer: nn.Module, x: Tensor | torch.fx.Proxy) -> bool:
+    """Whether torch.fx is tracing a network that `layer` is part of."""
+    return isinstance(x, torch.fx.Proxy) and layer is not x.tracer.root
+
+
+def _as_node(layer: nn.Module, x: torch.fx.Proxy) -> torch.fx.Proxy:
+    """`layer` as one node of the graph, as torch's own layers are, so that it follows train() and eval()."""
+    return x.tracer.create_proxy("call_module", x.tracer.path_of_module(layer), (x,), {})
 
 
 @register_notrace_module
@@ -164,6 +174,9 @@ class IEBN2d(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to (N, C, H, W), in the dtype and layout of `x`."""
+        if not torch.jit.is_scripting():
+            if _is_symbolic(self, x):
+                return _as_node(self, x)
         return self._normalize(x)
 
 
@@ -195,6 +208,9 @@ class IEBNAct2d(IEBN2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to (N, C, H, W), in the dtype and layout of `x`."""
+        if not torch.jit.is_scripting():
+            if _is_symbolic(self, x):
+                return _as_node(self, x)
         return self.act(self.drop(self._normalize(x)))
 
 
