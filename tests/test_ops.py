@@ -7,12 +7,22 @@ variance that torch's batch norm finds, is in the same dtype and layout.
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
-from timm_iebn.ops import iebn, iebn_eager, iebn_reference
+from timm_iebn.ops import cpu, iebn, iebn_eager, iebn_reference
 
-SHAPES = [(4, 8, 7, 5), (1, 3, 6, 6), (16, 5, 1, 1), (3, 1, 33, 2), (40, 24, 29, 31)]
+SHAPES = [(4, 8, 7, 5), (1, 3, 6, 6), (16, 5, 1, 1), (3, 1, 33, 2), (2, 77, 9, 9), (40, 24, 29, 31)]
 MODES = ["train", "eval", "untracked"]
+
+
+@pytest.fixture(params=["torch operations", "C++"])
+def backend(request, monkeypatch):
+    """Runs a test on both implementations of the passes."""
+    if request.param == "torch operations":
+        monkeypatch.setattr(cpu, "library", None)
+    elif cpu.library is None:
+        pytest.skip("the CPU library was not built: pip install -e . with a C++ compiler with OpenMP builds it")
 
 
 def compiled(*args):
@@ -105,7 +115,7 @@ def variance_error(x, dtype, param_dtype, layout):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_eager_is_as_exact_as_the_formula(shape, mode, dtype, layout):
+def test_eager_is_as_exact_as_the_formula(shape, mode, dtype, layout, backend):
     if mode != "eval" and shape[0] * shape[2] * shape[3] == 1:
         pytest.skip("one value per channel")
     check(iebn_eager, *draw(shape), mode, 0.0, dtype, layout)
@@ -113,19 +123,13 @@ def test_eager_is_as_exact_as_the_formula(shape, mode, dtype, layout):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
-def test_a_large_mean_cancels_nothing(mode, layout):
+def test_a_large_mean_cancels_nothing(mode, layout, backend):
     check(iebn_eager, *draw((8, 6, 9, 9), mean=100.0), mode, 100.0, torch.float32, layout)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_without_affine(mode):
+def test_without_affine(mode, backend):
     check(iebn_eager, *draw((4, 8, 7, 5), affine=False), mode, 0.0, torch.float32, torch.channels_last)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_batch_cut_into_chunks_is_as_exact(dtype, monkeypatch):
-    monkeypatch.setattr("timm_iebn.ops.eager.CHUNK", 1000)
-    check(iebn_eager, *draw((7, 8, 7, 5)), "train", 0.0, dtype, torch.channels_last)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -193,15 +197,89 @@ def test_torch_func_grad_agrees_with_autograd():
     torch.testing.assert_close(torch.func.grad(loss)(tensors[0]), x.grad)
 
 
-def test_kept_memory_made_in_inference_mode_serves_training():
-    (x, *params), grad = draw((5, 7, 11, 13))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_gradient_of_another_layout_or_none_at_all(dtype, backend):
+    (x, *params), grad = draw((4, 24, 6, 5))
+    params = [p.float() for p in params]
+    found = []
+    for layout in (torch.channels_last, torch.contiguous_format):
+        leaf = x.to(dtype, memory_format=torch.channels_last, copy=True).requires_grad_()
+        y = iebn_eager(leaf, *params, None, None, True, 0.1, 1e-5)
+        y.backward(grad.to(dtype).contiguous(memory_format=layout))
+        found.append(leaf.grad)
+    torch.testing.assert_close(*found)
+    leaf.grad = None
+    y = iebn_eager(leaf, *params, None, None, True, 0.1, 1e-5)
+    y.sum().backward()  # a gradient without strides
+    expanded = leaf.grad
+    leaf.grad = None
+    iebn_eager(leaf, *params, None, None, True, 0.1, 1e-5).backward(torch.ones_like(y))
+    torch.testing.assert_close(leaf.grad, expanded)
+
+
+@pytest.mark.parametrize("shape", [(6, 40, 13, 9), (2, 3, 60, 50)], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+def test_cpu_library_gives_the_same_bits_with_any_number_of_threads(shape, layout):
+    (x, *params), grad = draw(shape)
+    x, grad = (t.float().contiguous(memory_format=layout) for t in (x, grad))
+    params = [p.float().requires_grad_() for p in params]
+    threads, found = torch.get_num_threads(), []
+    if cpu.library is None:
+        pytest.skip("the CPU library was not built")
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            leaf = x.clone().requires_grad_()
+            y = iebn_eager(leaf, *params, None, None, True, 0.1, 1e-5)
+            found.append([y, *torch.autograd.grad(y, [leaf, *params], grad)])
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_not_a_number_stays_one_and_in_its_channel(backend):
+    (x, *params), grad = draw((4, 9, 5, 5))
     x, params = x.bfloat16(), [p.float() for p in params]
-    with torch.inference_mode():
-        first = iebn_eager(x, *params, None, None, True, 0.1, 1e-5)
-    for _ in range(2):
-        y = iebn_eager(x.clone().requires_grad_(), *params, None, None, True, 0.1, 1e-5)
-        y.backward(grad.bfloat16())
-        assert torch.equal(y, first)
+    x[1, 4, 2, 2] = float("nan")
+    x.requires_grad_()
+    y = iebn_eager(x, *params, None, None, True, 0.1, 1e-5)
+    y.backward(grad.bfloat16())
+    bad = torch.zeros(9, dtype=torch.bool)
+    bad[4] = True
+    for t in (y, x.grad):
+        assert torch.equal(t.isnan().all((0, 2, 3)), bad) and torch.equal(t.isnan().any(3).any(2).any(0), bad)
+
+
+def test_bfloat16_is_rounded_to_nearest_even_as_torch_does(backend):
+    x = torch.randn(4, 24, 16, 16).bfloat16()
+    one, zero = torch.ones(24), torch.zeros(24)
+    scale = torch.rand(24)
+    y = iebn_eager(x, scale, zero, zero, 100 * one, zero, one, False, 0.1, 0.0)  # just scale * x
+    assert torch.equal(y, (x.float() * scale[:, None, None]).bfloat16())
+
+
+def test_parameters_that_do_not_fit_are_refused(backend):
+    (x, *params), _ = draw((4, 8, 5, 5))
+    x, params = x.float(), [p.float() for p in params]
+    for i in range(4):
+        wrong = [p[:5] if i == j else p for j, p in enumerate(params)]
+        with pytest.raises(RuntimeError):
+            iebn_eager(x, *wrong, None, None, True, 0.1, 1e-5)
+        if cpu.library is not None:  # it reads memory, which torch's operations check themselves
+            wrong = [p.to("meta") if i == j else p for j, p in enumerate(params)]
+            with pytest.raises(RuntimeError, match="on cpu, got .* on meta"):
+                iebn_eager(x, *wrong, None, None, True, 0.1, 1e-5)
+    with pytest.raises(RuntimeError):
+        iebn_eager(x, *params, torch.zeros(5), torch.ones(5), False, 0.1, 1e-5)
+
+
+def test_a_graph_traced_by_a_dispatch_mode_holds_the_computation():
+    (x, *params), _ = draw((4, 8, 5, 5))
+    x, params = x.float(), [p.float() for p in params]
+    graph = make_fx(lambda x: iebn(x, *params, None, None, None, True, 0.1, 1e-5))(x)
+    x = torch.randn_like(x)
+    torch.testing.assert_close(graph(x), iebn(x, *params, None, None, None, True, 0.1, 1e-5))
 
 
 def test_fake_and_meta_tensors_pass_through_and_leave_nothing_behind():
