@@ -1,12 +1,14 @@
 """Trains a network by a recipe; without one, IEBN ResNet-20 on scikit-learn's digits.
 
-    python scripts/train.py [--recipe zoo/recipes/NAME.yaml] [--output FOLDER] [key=value ...]
+    python scripts/train.py [--recipe zoo/recipes/NAME.yaml] [--output FOLDER] [--resume] [key=value ...]
     accelerate launch scripts/train.py ...        the same on whatever `accelerate config` describes
 
-Writes a model folder, loads it back with timm and classifies some test images with it.
+Writes a model folder, loads it back with timm and classifies some test images with it. Stopped at any moment, the same
+command with --resume goes on.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -15,50 +17,62 @@ import torch
 from accelerate import PartialState
 
 import timm_iebn  # noqa: F401  registers the models
-from timm_iebn.data import Batches, load_splits
+from timm_iebn.checkpoint import CheckpointError
+from timm_iebn.data import open_data
 from timm_iebn.recipe import Recipe, RecipeError, load_recipe
-from timm_iebn.train import train
+from timm_iebn.train import TRACKERS, Stopped, TrainingError, make_loader, make_share, train
 
 RECIPES = Path(__file__).parents[1] / "zoo" / "recipes"
 
 
-def _free_folder(recipe: Recipe) -> Path:
-    stem = f"{Path(recipe.data).name}-{recipe.model}-seed{recipe.seed}"
-    names = (stem if i == 1 else f"{stem}-{i}" for i in range(1, 10_000))
-    return next(path for name in names if not (path := Path("output") / name).exists())
+def _default_folder(recipe: Recipe, resume: bool) -> Path:
+    """One folder for each model, data set and seed; without `resume`, the first free one."""
+    data, model = (name.rstrip("/").rpartition("/")[2] for name in (recipe.data, recipe.model))
+    stem = Path("output") / f"{model}-{data}-seed{recipe.seed}"
+    if resume:
+        return stem
+    names = (stem if i == 1 else stem.with_name(f"{stem.name}-{i}") for i in range(1, 10_000))
+    return next(p for p in names if not p.exists() and not p.with_name(p.name + ".run").exists())
 
 
-def _show_predictions(folder: Path, recipe: Recipe) -> None:
+def _show_predictions(folder: Path, recipe: Recipe, data_dir: str) -> None:
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    cfg = model.pretrained_cfg
-    test = load_splits(recipe.data)[1]
-    images, labels = next(iter(Batches(test, 8, cfg["mean"], cfg["std"])))
+    _, test, classes = open_data(recipe, data_dir)
+    images, labels = (t[:8] for t in next(iter(make_loader(test, *make_share(model, test)).epoch())))
     with torch.no_grad():
         confidence, predicted = model(images).softmax(1).max(1)
     print(f"\nloaded back with timm.create_model('local-dir:{folder}', pretrained=True); the first test images:")
     for label, guess, p in zip(labels.tolist(), predicted.tolist(), confidence.tolist(), strict=True):
         verdict = "right" if guess == label else "wrong"
-        print(f"  {verdict}: {test.classes[guess]} ({100 * p:.1f} %), is {test.classes[label]}")
+        print(f"  {verdict}: {classes[guess]} ({100 * p:.1f} %), is {classes[label]}")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", type=Path, default=RECIPES / "digits.yaml")
     parser.add_argument("--output", type=Path, help="a folder that does not exist yet (default: under output/)")
+    parser.add_argument("--resume", action="store_true", help="go on with an unfinished run, if there is one")
+    parser.add_argument("--data-dir", default="", help="where the data is, if not on the Hub: a folder or .tar file")
+    parser.add_argument("--checkpoint-updates", type=int, default=500, help="beside those after each epoch; 0 for none")
+    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="for 'loader: timm'")
+    parser.add_argument("--track", nargs="+", default=[], metavar="TRACKER", help=f"of {', '.join(TRACKERS)}")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     try:
         recipe = load_recipe(args.recipe, args.overrides)
-        folder = args.output or _free_folder(recipe)
-        row = train(recipe, folder)
-    except RecipeError as e:
+        folder = args.output or _default_folder(recipe, args.resume)
+        row = train(recipe, folder, args.resume, args.data_dir, args.workers, args.checkpoint_updates, args.track)
+    except (RecipeError, TrainingError, CheckpointError) as e:
         print(f"train.py: {e}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(e, RecipeError) else 1
+    except Stopped as e:
+        print(f"train.py: {e}", file=sys.stderr)
+        return 128 + e.signum
     if PartialState().is_main_process:
         print(
             f"\n{recipe.model}: top-1 {row['test_top1']:.2f} % on the test split after the last epoch; wrote {folder}"
         )
-        _show_predictions(folder, recipe)
+        _show_predictions(folder, recipe, args.data_dir)
     return 0
 
 

@@ -1,22 +1,43 @@
-"""Small-image data sets, held in memory as uint8, and batches of them, augmented on whole batches.
+"""Training and test data behind one small interface: `Loader.epoch(n)` gives the normalised batches of an epoch.
 
-A loader with worker processes would starve an accelerator at these sizes.
+What a batch holds is a function of the seed, the epoch and its place in it, so that a run can go on in mid-epoch, and
+of nothing that depends on the number of processes or workers.
 """
 
+import hashlib
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from timm.data import create_dataset, create_transform
+from timm.data.loader import fast_collate
+from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip
 
-from .recipe import RecipeError
+from .recipe import Recipe, RecipeError
+
+TEST_BATCH = 500
+_IMAGE, _LABEL = ("image", "img"), ("label", "fine_label")
+
+
+def seed_everything(*numbers: int) -> None:
+    """Seeds Python's, NumPy's and torch's generators with a hash of `numbers`."""
+    seed = int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:4])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 @dataclass(frozen=True)
 class Images:
-    """A split: images (N, C, H, W) uint8, labels (N,) int64, and the names of all classes."""
+    """A split in memory: images (N, C, H, W) uint8, labels (N,) int64, and the names of all classes."""
 
     images: Tensor
     labels: Tensor
@@ -26,21 +47,66 @@ class Images:
         return len(self.labels)
 
 
-def load_splits(data: str) -> tuple[Images, Images]:
-    """The training and test split of `data`, which is 'digits' or hfds/NAME as in timm.
+def open_split(recipe: Recipe, split: str, data_dir: str = "") -> tuple[Dataset, list[str]]:
+    """timm's data set (its items are PIL images and labels) and the names of its classes.
+
+    `data_dir` is the folder or .tar file of torch/NAME and 'folder' ({split} stands for the split's name), and for
+    hfds/NAME a folder that holds a copy of the Hub's data set.
 
     Raises:
         RecipeError: the name is of another form, or its data can't be read.
     """
-    if data == "digits":
-        return _load_digits()
-    kind, _, name = data.partition("/")
-    if kind != "hfds" or not name:
-        raise RecipeError(f"data: expected 'digits' or 'hfds/NAME', got {data!r}")
-    return _load_hfds(name)
+    kind, _, name = recipe.data.partition("/")
+    if kind not in ("hfds", "torch", "folder") or bool(name) == (kind == "folder"):
+        raise RecipeError(f"data: expected 'digits', 'hfds/NAME', 'torch/NAME' or 'folder', got {recipe.data!r}")
+    root = data_dir.replace("{split}", split)
+    if (root or kind != "hfds") and not Path(root).exists():
+        raise RecipeError(f"data: {recipe.data!r} needs --data-dir with an existing folder or .tar file, got {root!r}")
+    try:
+        if kind == "hfds":
+            keys = _hfds_keys(root or name, split)
+            dataset = create_dataset(f"hfds/{root or name}", split=split, **keys)
+        else:
+            dataset = create_dataset("" if kind == "folder" else recipe.data, root, split)
+    except (OSError, ValueError, RuntimeError, AssertionError) as e:
+        where = f" in {root}" if root else ""
+        raise RecipeError(f"data: can't load split {split!r} of {recipe.data!r}{where}: {e}") from e
+    index = getattr(getattr(dataset, "reader", dataset), "class_to_idx", None) or {}
+    return dataset, [str(name) for name in sorted(index, key=index.get)]
 
 
-def _load_digits() -> tuple[Images, Images]:
+def _hfds_keys(name: str, split: str) -> dict[str, str]:
+    """The names that a `datasets` data set gives to its image and its (fine) label, as timm's arguments."""
+    import datasets
+
+    features = datasets.load_dataset(name, split=split).features
+    image, label = (next((c for c in options if c in features), None) for options in (_IMAGE, _LABEL))
+    if image is None or label is None:
+        raise RecipeError(f"data: {name!r} needs one of the columns {_IMAGE} and {_LABEL}, has {list(features)}")
+    return dict(input_key=image, target_key=label)
+
+
+def load_images(recipe: Recipe, split: str, data_dir: str = "") -> Images:
+    """A whole split in memory.
+
+    Raises:
+        RecipeError: as `open_split`; or the images differ in size.
+    """
+    if recipe.data == "digits":
+        return _load_digits(split)
+    dataset, classes = open_split(recipe, split, data_dir)
+    arrays, labels = [], []
+    for image, label in (dataset[i] for i in range(len(dataset))):
+        arrays.append(np.asarray(image.convert("RGB")))
+        labels.append(int(label))
+        if arrays[-1].shape != arrays[0].shape:
+            shapes = " and ".join("x".join(map(str, a.shape[:2])) for a in (arrays[0], arrays[-1]))
+            raise RecipeError(f"loader: 'memory' needs images of one size, {recipe.data!r} has {shapes}: use 'timm'")
+    images = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
+    return Images(images, torch.tensor(labels), classes or [str(i) for i in range(max(labels) + 1)])
+
+
+def _load_digits(split: str) -> Images:
     """scikit-learn's bundled 8x8 digits, enlarged to 32x32; a fixed random fifth is for testing."""
     from sklearn.datasets import load_digits
 
@@ -48,105 +114,209 @@ def _load_digits() -> tuple[Images, Images]:
     images = torch.from_numpy(digits.images).float().unsqueeze(1) * (255 / 16)
     images = F.interpolate(images, size=(32, 32), mode="bilinear", align_corners=False).round().byte()
     labels = torch.from_numpy(digits.target).long()
-    classes = [str(name) for name in digits.target_names]
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    test, train = order.tensor_split([len(order) // 5])
-    return tuple(Images(images[part], labels[part], classes) for part in (train, test))
+    parts = dict(zip(("test", "train"), order.tensor_split([len(order) // 5]), strict=True))
+    if split not in parts:
+        raise RecipeError(f"data: 'digits' has the splits train and test, not {split!r}")
+    return Images(images[parts[split]], labels[parts[split]], [str(name) for name in digits.target_names])
 
 
-def _load_hfds(name: str) -> tuple[Images, Images]:
-    """A `datasets` data set with splits train and test and columns for image and (fine) label."""
-    import datasets
+@dataclass(frozen=True)
+class Share:
+    """Which part of each batch this process takes, where it takes it to, and how images are normalised there."""
 
-    try:
-        found = datasets.load_dataset(name)
-    except (OSError, ValueError) as e:
-        raise RecipeError(f"data: can't load the data set {name!r}: {e}") from e
-    if missing := {"train", "test"} - set(found):
-        raise RecipeError(f"data: {name!r} has no split {' or '.join(sorted(missing))}, but {', '.join(found)}")
-    return tuple(_to_images(name, found[split]) for split in ("train", "test"))
-
-
-def _to_images(name: str, split: "datasets.Dataset") -> Images:  # noqa: F821
-    columns = [next((c for c in options if c in split.features), None) for options in (_IMAGE, _LABEL)]
-    if None in columns:
-        raise RecipeError(f"data: {name!r} needs one of the columns {_IMAGE} and {_LABEL}, has {list(split.features)}")
-    image, label = columns
-    arrays = [np.asarray(picture.convert("RGB")) for picture in split[image]]
-    if len(shapes := {array.shape for array in arrays}) != 1:
-        raise RecipeError(f"data: the images of {name!r} have {len(shapes)} different sizes; all must be the same")
-    labels = torch.tensor(split[label])
-    names = getattr(split.features[label], "names", None) or [str(i) for i in range(int(labels.max()) + 1)]
-    return Images(torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous(), labels, list(names))
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = torch.device("cpu")
+    channels_last: bool = False
 
 
-_IMAGE, _LABEL = ("img", "image"), ("fine_label", "label")
+class Loader:
+    """Batches of one process, (B, C, H, W) float32 and (B,) labels, on its device.
+
+    With a `recipe`, training batches: shuffled, augmented, without the last incomplete one. Without, test batches: in
+    order, each image in exactly one process's share.
+    """
+
+    def __init__(self, size: int, share: Share, recipe: Recipe | None) -> None:
+        self.size, self.share, self.recipe = size, share, recipe
+        self.batch_size = TEST_BATCH * share.world_size
+        if recipe:
+            self.batch_size = recipe.batch_size // recipe.grad_accumulation
+            parts = recipe.grad_accumulation * share.world_size
+            if recipe.batch_size % parts:
+                raise RecipeError(f"batch_size: {recipe.batch_size} can't be shared by {parts} (processes x parts)")
+            if (recipe.mixup or recipe.cutmix) and recipe.batch_size // parts % 2:
+                raise RecipeError(f"batch_size: mixup and cutmix pair images; {recipe.batch_size // parts} is odd")
+            if recipe.batch_size > size:
+                raise RecipeError(f"batch_size: {recipe.batch_size} is more than the {size} training images")
+        self.mean, self.std = (
+            torch.tensor(v, device=share.device).view(-1, 1, 1) * 255 for v in (share.mean, share.std)
+        )
+        self.erase = None
+        if recipe and recipe.random_erasing:
+            self.erase = RandomErasing(recipe.random_erasing, mode="pixel", device=share.device)
+
+    def __len__(self) -> int:
+        """Batches in an epoch; of training batches, whole groups between two updates."""
+        if not self.recipe:
+            return -(-len(range(self.share.rank, self.size, self.share.world_size)) // TEST_BATCH)
+        return self.size // self.recipe.batch_size * self.recipe.grad_accumulation
+
+    def indices(self, epoch: int) -> list[Tensor]:
+        """The images of each of this process's batches."""
+        order = torch.arange(self.size)
+        if self.recipe:
+            order = torch.randperm(self.size, generator=self._generator(epoch, "order"))
+        order = order[self.share.rank :: self.share.world_size]
+        step = self.batch_size // self.share.world_size
+        return [order[i * step : (i + 1) * step] for i in range(len(self))]
+
+    def _generator(self, epoch: int, purpose: str) -> torch.Generator:
+        name = f"{self.recipe.seed} {epoch} {purpose}".encode()
+        return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name).digest()[:6]))
+
+    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of `epoch` from number `start` on."""
+        share = self.share
+        for i, (images, labels) in enumerate(self._batches(epoch, start), start):
+            images = images.float().sub_(self.mean).div_(self.std)
+            if self.erase:
+                seed_everything(self.recipe.seed, epoch, i, share.rank)
+                images = self.erase(images)
+            layout = torch.channels_last if share.channels_last else torch.contiguous_format
+            yield images.contiguous(memory_format=layout), labels
+
+    def _batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """uint8 images and their labels on the device, augmented up to here."""
+        raise NotImplementedError
 
 
-def _crop_and_flip(images: Tensor, padding: int, hflip: bool, generator: torch.Generator) -> Tensor:
-    """Each image shifted by up to `padding` pixels, zeros moving in, and mirrored with probability 1/2."""
+class MemoryLoader(Loader):
+    """Batches of a split that is held on the device, augmented there, whole batches at once.
+
+    Worker processes would starve an accelerator at the sizes that it is made for.
+    """
+
+    def __init__(self, split: Images, share: Share, recipe: Recipe | None = None) -> None:
+        super().__init__(len(split), share, recipe)
+        self.images, self.labels = split.images.to(share.device), split.labels.to(share.device)
+
+    def _batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        device = self.share.device
+        if self.recipe:
+            generator, padding = self._generator(epoch, "augmentation"), self.recipe.crop_padding
+            # for every image of the epoch, so that they do not depend on how batches are cut
+            shifts = torch.randint(0, 2 * padding + 1, (2, self.size), generator=generator).to(device)
+            mirrored = (torch.rand(self.size, generator=generator) < 0.5 * self.recipe.hflip).to(device)
+        for index in self.indices(epoch)[start:]:
+            index = index.to(device)
+            images = self.images[index]
+            if self.recipe:
+                images = crop_and_flip(images, padding, shifts[:, index], mirrored[index])
+            yield images, self.labels[index]
+
+
+def crop_and_flip(images: Tensor, padding: int, shifts: Tensor, mirrored: Tensor) -> Tensor:
+    """Windows of the zero-padded images (N, C, H, W) at `shifts` (2, N), those that are `mirrored` (N,) flipped."""
     n, _, h, w = images.shape
     if padding:
-        top, left = torch.randint(0, 2 * padding + 1, (2, n, 1), generator=generator)
-        rows, columns = top + torch.arange(h), left + torch.arange(w)
+        rows, columns = (
+            s[:, None] + torch.arange(size, device=s.device) for s, size in zip(shifts, (h, w), strict=True)
+        )
         padded = F.pad(images, (padding,) * 4)
+        image = torch.arange(n, device=images.device)[:, None, None]
         # advanced indices around a slice put the batch and image axes first
-        images = padded[torch.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-    if hflip:
-        mirrored = torch.rand(n, generator=generator) < 0.5
-        images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
-    return images
+        images = padded[image, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    return torch.where(mirrored[:, None, None, None], images.flip(3), images)
 
 
-class Batches:
-    """Normalised batches of one rank, (B, C, H, W) float32 and (B,) labels; iterating again starts the next epoch.
+class _Reproducible(Dataset):
+    """`dataset` with `transform`, whose random choices depend on the seed, the epoch and the image alone."""
 
-    Training batches are shuffled and augmented by a generator of `seed`, epoch and rank, and drop the rest of the
-    last incomplete batch. Test batches are in order, and every image is in exactly one rank's share.
-    """
+    def __init__(self, dataset: Dataset, transform: Any, seed: int) -> None:
+        self.dataset, self.transform, self.seed, self.epoch = dataset, transform, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image, label = self.dataset[index]
+        seed_everything(self.seed, self.epoch, index)
+        return self.transform(image.convert("RGB")), label
+
+
+class TimmLoader(Loader):
+    """Batches of any map-style data set of timm, through timm's transforms in worker processes."""
 
     def __init__(
         self,
-        split: Images,
-        batch_size: int,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-        train: bool = False,
-        crop_padding: int = 0,
-        hflip: bool = False,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        device: torch.device | str = "cpu",
-        channels_last: bool = False,
+        dataset: Dataset,
+        share: Share,
+        data_config: dict[str, Any],
+        recipe: Recipe | None = None,
+        workers: int = 0,
     ) -> None:
-        if train and batch_size * world_size > len(split):
-            raise RecipeError(f"batch_size: {batch_size * world_size} is more than the {len(split)} training images")
-        self.split, self.batch_size, self.train = split, batch_size, train
-        self.crop_padding, self.hflip, self.seed = crop_padding, hflip, seed
-        self.rank, self.world_size, self.device = rank, world_size, device
-        self.layout = torch.channels_last if channels_last else torch.contiguous_format
-        self.mean, self.std = (torch.tensor(v, device=device).view(-1, 1, 1) * 255 for v in (mean, std))
-        self.epoch = 0
+        super().__init__(len(dataset), share, recipe)
+        transform = _train_transform(recipe, data_config) if recipe else _test_transform(data_config)
+        self.dataset = _Reproducible(dataset, transform, recipe.seed if recipe else 0)
+        self.workers = workers
 
-    def __len__(self) -> int:
-        if self.train:
-            return len(self.split) // (self.batch_size * self.world_size)
-        share = len(range(self.rank, len(self.split), self.world_size))
-        return -(-share // self.batch_size)
+    def _batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        device = self.share.device
+        self.dataset.epoch = epoch
+        loader = DataLoader(
+            self.dataset,
+            batch_sampler=[index.tolist() for index in self.indices(epoch)[start:]],
+            num_workers=self.workers,
+            collate_fn=fast_collate,
+            pin_memory=device.type == "cuda",
+        )
+        for images, labels in loader:
+            yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        order = torch.arange(len(self.split))
-        generator = torch.Generator()
-        if self.train:
-            order = torch.randperm(len(order), generator=generator.manual_seed(self.seed * 1_000_003 + self.epoch))
-            generator.manual_seed((self.seed * 1_000_003 + self.epoch) * 1_009 + self.rank + 1)
-            self.epoch += 1
-        order = order[self.rank :: self.world_size]
-        for i in range(len(self)):
-            index = order[i * self.batch_size : (i + 1) * self.batch_size]
-            images = self.split.images[index]
-            if self.train:
-                images = _crop_and_flip(images, self.crop_padding, self.hflip, generator)
-            images = images.to(self.device).float().sub_(self.mean).div_(self.std)
-            yield images.contiguous(memory_format=self.layout), self.split.labels[index].to(self.device)
+
+def _test_transform(data_config: dict[str, Any]) -> Any:
+    names = ("input_size", "interpolation", "crop_pct", "crop_mode")
+    return create_transform(**{k: data_config[k] for k in names}, use_prefetcher=True)
+
+
+def _train_transform(recipe: Recipe, data_config: dict[str, Any]) -> Any:
+    size, flip = data_config["input_size"], 0.5 * recipe.hflip
+    first, *rest = create_transform(
+        size,
+        is_training=True,
+        hflip=flip,
+        color_jitter=None,
+        auto_augment=recipe.auto_augment or None,
+        interpolation=data_config["interpolation"],
+        mean=data_config["mean"],
+        use_prefetcher=True,
+        separate=True,
+    )
+    if recipe.crop == "pad":
+        first = Compose([RandomCrop(size[1:], padding=recipe.crop_padding), RandomHorizontalFlip(flip)])
+    return Compose([first, *rest])
+
+
+def open_data(recipe: Recipe, data_dir: str = "") -> tuple[Images | Dataset, Images | Dataset, list[str]]:
+    """The training and the test split, and the names of their classes.
+
+    Raises:
+        RecipeError: as `open_split` and `load_images`; or the splits do not have the same classes.
+    """
+    if recipe.loader == "memory":
+        train, test = (load_images(recipe, split, data_dir) for split in (recipe.train_split, recipe.test_split))
+        classes, test_classes = train.classes, test.classes
+    elif recipe.data == "digits":
+        raise RecipeError("loader: 'digits' are in memory only, got 'timm'")
+    else:
+        (train, classes), (test, test_classes) = (
+            open_split(recipe, split, data_dir) for split in (recipe.train_split, recipe.test_split)
+        )
+    if classes != test_classes:
+        odd = sorted(set(classes) ^ set(test_classes))[:5]
+        raise RecipeError(f"data: training and test split of {recipe.data!r} do not have the same classes: {odd}")
+    return train, test, classes

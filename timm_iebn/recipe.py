@@ -1,13 +1,21 @@
 """A training recipe: everything that decides a run's result, read from YAML and `key=value`, checked before the run."""
 
-import dataclasses
 import difflib
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
+
+_CHOICES = dict(
+    sched=("multistep", "cosine"),
+    loader=("memory", "timm"),
+    crop=("pad", "resized"),
+    precision=("no", "bf16", "fp16"),
+)
+_NOT_NEGATIVE = ("weight_decay", "clip_grad", "warmup_epochs", "min_lr", "crop_padding", "mixup", "cutmix")
 
 
 class RecipeError(ValueError):
@@ -16,49 +24,80 @@ class RecipeError(ValueError):
 
 @dataclass(frozen=True)
 class Recipe:
-    """Defaults are those of the IEBN authors' CIFAR script."""
+    """Everything that decides a result. Defaults are those of the IEBN authors' CIFAR script."""
 
-    model: str
-    data: str  # 'digits', or hfds/NAME with NAME a dataset of the Hugging Face Hub or a folder
+    model: str  # a name that timm.create_model takes: registered, local-dir:FOLDER or hf-hub:ID
+    data: str  # 'digits', hfds/NAME with a data set of the Hugging Face Hub or a folder, torch/NAME, or 'folder'
+    train_split: str = "train"
+    test_split: str = "test"
+    pretrained: bool = False  # start from the weights of the model's tag, folder or id
+    model_args: dict[str, Any] = field(default_factory=dict)  # for timm.create_model: drop_path_rate and the like
     epochs: int = 164
-    batch_size: int = 128  # over all processes
+    batch_size: int = 128  # images between two updates, over all processes
+    grad_accumulation: int = 1  # in so many parts, each with its own batch statistics
     opt: str = "momentum"  # a name of timm: plain momentum (its 'sgd' is Nesterov)
     lr: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 1e-4
     decay_norms: bool = True  # weight decay on norms, biases and gates too, as the authors do and timm does not
+    clip_grad: float = 0.0  # largest norm of the gradient; 0 for no limit
     sched: str = "multistep"
     milestones: tuple[int, ...] = (81, 122)
     warmup_epochs: int = 0
+    min_lr: float = 0.0
+    loader: str = "memory"  # 'memory' for small images, 'timm' for timm's transforms in worker processes
+    crop: str = "pad"  # 'pad': shifted by up to crop_padding pixels; 'resized': timm's random resized crop
     crop_padding: int = 4
     hflip: bool = True
+    auto_augment: str = ""  # timm's notation, as rand-m9-mstd0.5
+    random_erasing: float = 0.0  # probability
+    mixup: float = 0.0  # alpha, as is cutmix; with both, one of them by turns at random
+    cutmix: float = 0.0
+    label_smoothing: float = 0.0
+    ema_decay: float = 0.0  # above 0, the averaged weights are evaluated and saved
     precision: str = "no"
     channels_last: bool = True
+    compile: bool = False
+    grad_checkpointing: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            kind = {"milestones": tuple}.get(field.name, field.type)
+        for f in fields(self):
+            value = getattr(self, f.name)
+            kind = get_origin(f.type) or f.type
             if kind is float and isinstance(value, int) and not isinstance(value, bool):
-                object.__setattr__(self, field.name, float(value))
+                object.__setattr__(self, f.name, float(value))
             elif kind is tuple and isinstance(value, list):
-                object.__setattr__(self, field.name, tuple(value))
+                object.__setattr__(self, f.name, tuple(value))
             elif type(value) is not kind:
-                raise RecipeError(f"{field.name}: expected {kind.__name__}, got {value!r}")
-        for name in ("epochs", "batch_size", "lr"):
-            if getattr(self, name) <= 0:
-                raise RecipeError(f"{name}: must be more than 0, got {getattr(self, name)!r}")
-        for name in ("momentum", "weight_decay", "warmup_epochs", "crop_padding"):
-            if getattr(self, name) < 0:
-                raise RecipeError(f"{name}: must not be negative, got {getattr(self, name)!r}")
-        for name, allowed in (("sched", ("multistep", "cosine")), ("precision", ("no", "bf16", "fp16"))):
+                raise RecipeError(f"{f.name}: expected {kind.__name__}, got {value!r}")
+        for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise RecipeError(f"{name}: must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        for name in ("epochs", "batch_size", "grad_accumulation", "lr"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise RecipeError(f"{name}: must be more than 0, got {getattr(self, name)!r}")
+        for name in ("momentum", "random_erasing", "label_smoothing", "ema_decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise RecipeError(f"{name}: must be between 0 and 1, got {getattr(self, name)!r}")
+        for name in _NOT_NEGATIVE:
+            if not 0 <= getattr(self, name) < math.inf:
+                raise RecipeError(f"{name}: must not be negative, got {getattr(self, name)!r}")
+        if not all(type(m) is int and m > 0 for m in self.milestones) or sorted(self.milestones) != [*self.milestones]:
+            raise RecipeError(f"milestones: expected epochs in order, got {list(self.milestones)!r}")
+        if self.sched == "cosine" and self.warmup_epochs >= self.epochs:
+            raise RecipeError(f"warmup_epochs: {self.warmup_epochs} leave nothing of {self.epochs} epochs")
+        if self.loader == "memory" and (self.auto_augment or self.crop != "pad"):
+            key = "auto_augment" if self.auto_augment else "crop"
+            raise RecipeError(f"{key}: {getattr(self, key)!r} works on single images and needs loader: timm")
+        if self.batch_size % self.grad_accumulation:
+            raise RecipeError(
+                f"grad_accumulation: {self.grad_accumulation} does not divide batch_size {self.batch_size}"
+            )
 
     def to_yaml(self) -> str:
         """The recipe as YAML that `load_recipe` reads back."""
-        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
         return yaml.safe_dump(plain, sort_keys=False)
 
 
@@ -81,7 +120,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         raise RecipeError(f"can't read the recipe {path}: {e}") from e
     if values is None:
         raise RecipeError(f"{path} is not a recipe: it must hold one YAML mapping")
-    known = [field.name for field in dataclasses.fields(Recipe)]
+    known = [f.name for f in fields(Recipe)]
     for key in values:
         if key not in known:
             close = difflib.get_close_matches(str(key), known, n=1)

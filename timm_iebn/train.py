@@ -1,169 +1,435 @@
-"""The training loop: a recipe in, a model folder out."""
+"""The training loop: a recipe in, a model folder out; stopped at any moment, it goes on from its last checkpoint."""
 
+import importlib.util
+import math
+import shutil
+import signal
+import threading
 import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import timm
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from timm.data import Mixup, resolve_data_config
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
-from torch import nn
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .checkpoint import load_latest, save_checkpoint, write_atomically
 from .convert import convert_sync_batchnorm
-from .data import Batches, load_splits
-from .recipe import Recipe, RecipeError
-from .zoo import save_model_folder
+from .data import Images, Loader, MemoryLoader, Share, TimmLoader, open_data, seed_everything
+from .recipe import Recipe, RecipeError, load_recipe
+from .zoo import log_text, read_log, save_model_folder
+
+TRACKERS = ("tensorboard", "wandb")
+_SPREAD = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
 
 console = Console()
 
 
+class TrainingError(RuntimeError):
+    """A run that can't go on; the message says why, where, and what is left."""
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop; it has left a checkpoint."""
+
+    def __init__(self, signum: int, checkpoint: Path) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}; --resume goes on from {checkpoint}")
+        self.signum = signum
+
+
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Batches, accelerator: Accelerator) -> dict[str, float]:
-    """Loss and top-1 and top-5 accuracy in percent over the whole split, each image counted once."""
+def evaluate(model: nn.Module, loader: Loader, accelerator: Accelerator | None = None) -> dict[str, float]:
+    """Loss and top-1 and top-5 accuracy in percent over the whole split, in float32, each image counted once.
+
+    With an `accelerator`, over the shares of all its processes.
+    """
     model.eval()
-    sums = torch.zeros(4, dtype=torch.float64)
-    for images, labels in batches:
-        with accelerator.autocast():
-            logits = model(images).float()
-        top5 = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        sums += torch.stack([loss, top5[:, 0].sum(), top5.sum(), torch.tensor(len(labels), device=loss.device)]).cpu()
-    loss, top1, top5, count = accelerator.reduce(sums.float().to(accelerator.device)).double().tolist()
+    sums = torch.zeros(4, dtype=torch.float64, device=loader.share.device)
+    for images, labels in loader.epoch():
+        logits = model(images).float()
+        hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+        loss = F.cross_entropy(logits, labels, reduction="none").double().sum()
+        sums += torch.stack([loss, hits[:, 0].sum(), hits.sum(), torch.ones_like(labels).sum()])
+    loss, top1, top5, count = (accelerator.reduce(sums) if accelerator else sums).tolist()
     return dict(test_loss=loss / count, test_top1=100 * top1 / count, test_top5=100 * top5 / count)
 
 
-def _create_model(recipe: Recipe, num_classes: int, in_chans: int) -> nn.Module:
+def make_loader(
+    split: Any, share: Share, data_config: dict[str, Any], recipe: Recipe | None = None, workers: int = 0
+) -> Loader:
+    """The loader for a split of `open_data`; with a `recipe` for training, without for testing."""
+    if isinstance(split, Images):
+        return MemoryLoader(split, share, recipe)
+    return TimmLoader(split, share, data_config, recipe, workers)
+
+
+def make_share(
+    model: nn.Module, split: Any, accelerator: Accelerator | None = None, channels_last: bool = True
+) -> tuple[Share, dict[str, Any]]:
+    """This process's share of the data, and the preprocessing, as timm's config of `model` has it, for `split`."""
+    config = resolve_data_config(model=model)
+    if isinstance(split, Images):
+        channels = split.images.shape[1]
+        config["input_size"], config["crop_pct"] = tuple(split.images.shape[1:]), 1.0
+        if channels != len(config["mean"]):
+            config |= {k: (sum(config[k]) / len(config[k]),) * channels for k in ("mean", "std")}
+    share = Share(tuple(config["mean"]), tuple(config["std"]), channels_last=channels_last)
+    if accelerator:
+        place = accelerator.process_index, accelerator.num_processes, accelerator.device
+        share = replace(share, **dict(zip(("rank", "world_size", "device"), place, strict=True)))
+    return share, config
+
+
+def _create_model(recipe: Recipe, num_classes: int, split: Any) -> nn.Module:
+    in_chans = split.images.shape[1] if isinstance(split, Images) else 3
     try:
-        return timm.create_model(recipe.model, num_classes=num_classes, in_chans=in_chans)
-    except (RuntimeError, ValueError) as e:
-        raise RecipeError(f"model: can't create {recipe.model!r}: {e}") from e
-
-
-def _train_epoch(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batches: Batches,
-    accelerator: Accelerator,
-    progress: Progress,
-    title: str,
-) -> dict[str, float]:
-    model.train()
-    task = progress.add_task(title, total=len(batches), note="")
-    start, loss_sum, correct, seen = time.perf_counter(), 0.0, 0, 0
-    for images, labels in batches:
-        with accelerator.autocast():
-            logits = model(images)
-            loss = F.cross_entropy(logits.float(), labels)
-        accelerator.backward(loss)
-        optimizer.step()
-        optimizer.zero_grad()
-        loss_sum += loss.item() * len(labels)
-        correct += int((logits.argmax(1) == labels).sum())
-        seen += len(labels)
-        speed = accelerator.num_processes * seen / (time.perf_counter() - start)
-        progress.update(
-            task,
-            advance=1,
-            note=f"loss {loss_sum / seen:.3f}  top-1 {100 * correct / seen:.1f} %  {speed:.0f} images/s",
+        return timm.create_model(
+            recipe.model, pretrained=recipe.pretrained, num_classes=num_classes, in_chans=in_chans, **recipe.model_args
         )
-    progress.remove_task(task)
-    sums = torch.tensor([loss_sum, correct, seen], dtype=torch.float32, device=accelerator.device)
-    loss_sum, correct, seen = accelerator.reduce(sums).tolist()
-    return dict(train_loss=loss_sum / seen, train_top1=100 * correct / seen, images_per_second=speed)
+    except (RuntimeError, ValueError, TypeError, OSError) as e:
+        raise RecipeError(f"model: can't create {recipe.model!r} with {recipe.model_args}: {e}") from e
 
 
-def train(recipe: Recipe, output: str | Path) -> dict[str, Any]:
-    """Trains as `recipe` says, on whatever `accelerate` was launched on, and writes the model folder `output`.
+class Trainer:
+    """One run of a recipe on whatever `accelerate` was launched on.
 
-    Returns the row of the last epoch, whose accuracy is the result.
-
-    Raises:
-        RecipeError: something in the recipe is impossible, or `output` exists; before the first step.
+    It works in `output` + '.run' (recipe, log, checkpoints, trackers' files) and writes `output` when it is done.
     """
-    output = Path(output)
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        output: Path,
+        resume: bool,
+        data_dir: str,
+        workers: int,
+        checkpoint_updates: int,
+        trackers: Sequence[str],
+    ) -> None:
+        self.recipe, self.output = recipe, output
+        self.folder = output.with_name(output.name + ".run")
+        self.checkpoint_updates = checkpoint_updates
+        _check_output(recipe, output, self.folder, resume)
+        for tracker in trackers:
+            if tracker not in TRACKERS or importlib.util.find_spec(tracker) is None:
+                known = f"choose of {', '.join(TRACKERS)}" if tracker not in TRACKERS else f"pip install {tracker}"
+                raise RecipeError(f"track: {tracker!r} is not there: {known}")
+        self.accelerator = Accelerator(
+            mixed_precision=recipe.precision,
+            gradient_accumulation_steps=recipe.grad_accumulation,
+            dynamo_backend="inductor" if recipe.compile else "no",
+            log_with=list(trackers) or None,
+            project_dir=self.folder,
+        )
+        if self.accelerator.distributed_type not in _SPREAD:
+            raise RecipeError(
+                f"accelerate: {self.accelerator.distributed_type.value} is not supported: use plain processes"
+            )
+        set_seed(recipe.seed)
+        self._build(data_dir, workers)
+        if self.accelerator.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.folder / "recipe.yaml", recipe.to_yaml().encode())
+        self.accelerator.wait_for_everyone()
+        config = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in asdict(recipe).items()}
+        self.accelerator.init_trackers("timm-iebn", config)
+
+        self.epoch, self.step = 0, 0  # the next batch
+        self.rows: list[dict[str, Any]] = []
+        self.sums = self._zeros()
+        self.last_checkpoint: Path | None = None
+        self.signum = 0
+        if resume:
+            self._resume()
+
+    def _zeros(self) -> Tensor:
+        """Sums over an epoch: loss, correct, images, and the first batch whose loss was not finite."""
+        return torch.tensor([0.0, 0.0, 0.0, math.inf], dtype=torch.float64, device=self.accelerator.device)
+
+    def _build(self, data_dir: str, workers: int) -> None:
+        recipe, accelerator = self.recipe, self.accelerator
+        train_split, test_split, self.classes = open_data(recipe, data_dir)
+        net = _create_model(recipe, len(self.classes), train_split)
+        share, self.data_config = make_share(net, train_split, accelerator, recipe.channels_last)
+        self.train_loader = make_loader(train_split, share, self.data_config, recipe, workers)
+        self.test_loader = make_loader(test_split, share, self.data_config, None, workers)
+        if recipe.grad_checkpointing:
+            net.set_grad_checkpointing()
+        if accelerator.num_processes > 1:
+            convert_sync_batchnorm(net)
+        layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
+        self.net = net.to(accelerator.device, memory_format=layout)
+        self.ema = ModelEmaV3(net, recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
+        self.mixup = None
+        if recipe.mixup or recipe.cutmix:
+            self.mixup = Mixup(
+                recipe.mixup,
+                recipe.cutmix,
+                switch_prob=0.5,
+                label_smoothing=recipe.label_smoothing,
+                num_classes=len(self.classes),
+            )
+        try:
+            optimizer = create_optimizer_v2(
+                net,
+                opt=recipe.opt,
+                lr=recipe.lr,
+                momentum=recipe.momentum,
+                weight_decay=recipe.weight_decay,
+                filter_bias_and_bn=not recipe.decay_norms,
+            )
+        except ValueError as e:
+            raise RecipeError(f"opt: {e}") from e
+        self.updates_per_epoch = len(self.train_loader) // recipe.grad_accumulation
+        self.scheduler, _ = create_scheduler_v2(
+            optimizer,
+            sched=recipe.sched,
+            num_epochs=recipe.epochs,
+            decay_milestones=recipe.milestones,
+            warmup_epochs=recipe.warmup_epochs,
+            warmup_lr=recipe.lr / 10,
+            min_lr=recipe.min_lr,
+            step_on_epochs=False,
+            updates_per_epoch=self.updates_per_epoch,
+        )
+        # accelerate puts autocast into the forward of what it prepares: that of a wrapper, evaluation is in float32
+        self.model, self.optimizer = accelerator.prepare(nn.Sequential(net), optimizer)
+
+    @property
+    def updates(self) -> int:
+        """Updates made so far."""
+        return self.epoch * self.updates_per_epoch + self.step // self.recipe.grad_accumulation
+
+    @property
+    def lr(self) -> float:
+        return self.optimizer.param_groups[0]["lr"]
+
+    # ---- checkpoints
+
+    def _save(self) -> None:
+        self._check_finite()
+        # the sums of all processes; each keeps its own, so that they are added once
+        sums = self.accelerator.reduce(self.sums[:3].clone())
+        if not self.accelerator.is_main_process:
+            return
+        scaler = self.accelerator.scaler
+        state = dict(
+            epoch=self.epoch,
+            step=self.step,
+            rows=self.rows,
+            sums=sums,
+            model=self.net.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            scaler=scaler.state_dict() if scaler else None,
+            ema=self.ema.module.state_dict() if self.ema else None,
+        )
+        self.last_checkpoint = save_checkpoint(self.folder, self.updates, state)
+
+    def _resume(self) -> None:
+        found = load_latest(self.folder)
+        if found is None:
+            return
+        self.last_checkpoint, state = found
+        self.epoch, self.step, self.rows = state["epoch"], state["step"], state["rows"]
+        if self.accelerator.is_main_process:
+            self.sums[:3] = state["sums"].to(self.sums)
+            console.print(f"going on from {self.last_checkpoint}, epoch {self.epoch + 1}, batch {self.step}")
+        self.net.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if state["scaler"] and self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        if self.ema:
+            self.ema.module.load_state_dict(state["ema"])
+
+    def _check_finite(self) -> None:
+        if math.isfinite(bad := self.sums[3].item()):
+            left = (
+                f"the last good checkpoint is {self.last_checkpoint}" if self.last_checkpoint else "no checkpoint yet"
+            )
+            raise TrainingError(
+                f"the loss is not finite at epoch {self.epoch + 1}, batch {int(bad) + 1}, learning rate {self.lr:.6g}; "
+                f"{left}. Lower lr, add warmup_epochs or clip_grad, or use precision: no."
+            )
+
+    # ---- signals
+
+    def _on_signal(self, signum: int, _: FrameType | None) -> None:
+        self.signum = signum
+        signal.signal(signum, signal.SIG_DFL)  # the second one stops at once
+        self.accelerator.set_trigger()
+
+    def _is_stopped(self) -> bool:
+        if self.accelerator.num_processes == 1:
+            return self.signum != 0
+        # by all processes after the same batch; asking waits for the device, so not after each
+        return (self.updates % 16 == 0 or self.step == 0) and self.accelerator.check_trigger()
+
+    # ---- the loop
+
+    def _train_epoch(self, progress: Progress) -> float:
+        """Trains from the current batch to the end of the epoch; returns the learning rate of its last update."""
+        recipe, accelerator = self.recipe, self.accelerator
+        self.model.train()
+        total = len(self.train_loader)
+        task = progress.add_task(f"epoch {self.epoch + 1}/{recipe.epochs}", total=total, completed=self.step, note="")
+        started, first, shown = time.perf_counter(), self.step, 0.0
+        for images, labels in self.train_loader.epoch(self.epoch, self.step):
+            # dropout, drop path and mixup are functions of the place in the run, so nothing of them is to be saved
+            seed_everything(recipe.seed, self.epoch, self.step, accelerator.process_index, 1)
+            images, targets = self.mixup(images, labels) if self.mixup else (images, labels)
+            smoothing = 0.0 if self.mixup else recipe.label_smoothing
+            with accelerator.accumulate(self.model):
+                with accelerator.autocast():
+                    logits = self.model(images)
+                    loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
+                accelerator.backward(loss)
+                if recipe.clip_grad and accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(self.model.parameters(), recipe.clip_grad)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            with torch.no_grad():
+                loss = loss.detach().double()
+                correct = (logits.argmax(1) == labels).sum()
+                self.sums[:3] += torch.stack([loss * len(labels), correct, torch.ones_like(labels).sum()])
+                bad = torch.where(loss.isfinite(), math.inf, float(self.step))
+                self.sums[3] = torch.minimum(self.sums[3], bad)
+            self.step += 1
+            lr = self.lr
+            if accelerator.sync_gradients:
+                self.scheduler.step_update(self.updates)
+                if self.ema:
+                    self.ema.update(self.net, step=self.updates)
+                if self.step < total:
+                    if self.checkpoint_updates and self.updates % self.checkpoint_updates == 0:
+                        self._save()
+                    if self._is_stopped():
+                        self._save()
+                        raise Stopped(self.signum or signal.SIGTERM, self.last_checkpoint)
+            if time.perf_counter() - shown > 0.5 or self.step == total:  # reading the sums waits for the device
+                shown = time.perf_counter()
+                self._check_finite()
+                loss_sum, correct, seen, _ = self.sums.tolist()
+                speed = (self.step - first) * self.train_loader.batch_size / (shown - started)
+                note = f"loss {loss_sum / seen:.3f}  top-1 {100 * correct / seen:.1f} %  {speed:.0f} images/s"
+                progress.update(task, completed=self.step, note=note)
+        progress.remove_task(task)
+        return lr
+
+    def fit(self) -> dict[str, Any]:
+        """Trains to the end and writes the model folder; returns the last epoch's row, whose accuracy is the result."""
+        recipe, accelerator = self.recipe, self.accelerator
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=console, transient=True, disable=not accelerator.is_main_process) as progress:
+            while self.epoch < recipe.epochs:
+                started, first = time.perf_counter(), self.step
+                self.scheduler.step_update(self.updates)
+                lr = self._train_epoch(progress)
+                seconds = time.perf_counter() - started
+                loss_sum, correct, seen = accelerator.reduce(self.sums[:3].clone()).tolist()
+                images = (self.step - first) * self.train_loader.batch_size
+                row = dict(epoch=self.epoch + 1, updates=self.updates, lr=lr)
+                row |= dict(train_loss=loss_sum / seen, train_top1=100 * correct / seen)
+                row |= evaluate(self.ema.module if self.ema else self.net, self.test_loader, accelerator)
+                row |= dict(images_per_second=images / seconds, seconds=time.perf_counter() - started)
+                self.rows.append(row)
+                self._check_finite()
+                self.epoch, self.step, self.sums = self.epoch + 1, 0, self._zeros()
+                self._report(row, progress.console)
+                self._save()
+                if self.epoch < recipe.epochs and self._is_stopped():
+                    raise Stopped(self.signum or signal.SIGTERM, self.last_checkpoint)
+        if accelerator.is_main_process:
+            self._finish()
+        accelerator.end_training()
+        return self.rows[-1]
+
+    def _report(self, row: dict[str, Any], out: Console) -> None:
+        self.accelerator.log({k: v for k, v in row.items() if k != "epoch"}, step=row["epoch"])
+        if not self.accelerator.is_main_process:
+            return
+        write_atomically(self.folder / "log.csv", log_text(self.rows).encode())
+        out.print(
+            f"epoch {row['epoch']:>3}/{self.recipe.epochs}  lr {row['lr']:.4f}"
+            f"  train loss {row['train_loss']:.3f}  top-1 {row['train_top1']:.2f} %"
+            f"  test loss {row['test_loss']:.4f}  top-1 {row['test_top1']:.2f} %"
+            f"  {row['images_per_second']:.0f} images/s  {row['seconds']:.0f} s",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    def _finish(self) -> None:
+        net = self.ema.module if self.ema else self.net
+        save_model_folder(net, self.output, self.recipe, self.rows, self.classes, self.data_config)
+        for path in self.folder.glob("*.safetensors"):
+            path.unlink()
+        if {p.name for p in self.folder.iterdir()} <= {"recipe.yaml", "log.csv"}:  # nothing that the output lacks
+            shutil.rmtree(self.folder)
+
+
+def _check_output(recipe: Recipe, output: Path, folder: Path, resume: bool) -> None:
     if output.exists():
         raise RecipeError(f"output: {output} exists already; choose another folder or move it away")
-    accelerator = Accelerator(mixed_precision=recipe.precision)
-    if recipe.batch_size % accelerator.num_processes:
-        raise RecipeError(f"batch_size: {recipe.batch_size} can't be shared by {accelerator.num_processes} processes")
-    set_seed(recipe.seed)
-    train_split, test_split = load_splits(recipe.data)
-    model = _create_model(recipe, len(train_split.classes), train_split.images.shape[1])
-    if accelerator.num_processes > 1:
-        convert_sync_batchnorm(model)
-    if recipe.channels_last:
-        model = model.to(memory_format=torch.channels_last)
+    if not folder.exists():
+        return
+    if not resume:
+        raise RecipeError(f"output: {folder} holds an unfinished run; --resume goes on with it, or move it away")
+    if (folder / "recipe.yaml").exists():
+        before, now = asdict(load_recipe(folder / "recipe.yaml")), asdict(recipe)
+        if changed := [f"{k}: {before[k]!r} became {now[k]!r}" for k in now if before[k] != now[k]]:
+            raise RecipeError(f"resume: {folder} was started with another recipe ({'; '.join(changed)})")
 
-    cfg = model.pretrained_cfg
-    in_chans = train_split.images.shape[1]
-    mean, std = (tuple(cfg[k]) if in_chans == 3 else (sum(cfg[k]) / 3,) * in_chans for k in ("mean", "std"))
-    common = dict(
-        mean=mean,
-        std=std,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        device=accelerator.device,
-        channels_last=recipe.channels_last,
-    )
-    per_process = recipe.batch_size // accelerator.num_processes
-    train_batches = Batches(
-        train_split,
-        per_process,
-        train=True,
-        crop_padding=recipe.crop_padding,
-        hflip=recipe.hflip,
-        seed=recipe.seed,
-        **common,
-    )
-    test_batches = Batches(test_split, 500, **common)
 
-    optimizer = create_optimizer_v2(
-        model,
-        opt=recipe.opt,
-        lr=recipe.lr,
-        momentum=recipe.momentum,
-        weight_decay=recipe.weight_decay,
-        filter_bias_and_bn=not recipe.decay_norms,
-    )
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched=recipe.sched,
-        num_epochs=recipe.epochs,
-        decay_milestones=recipe.milestones,
-        warmup_epochs=recipe.warmup_epochs,
-        warmup_lr=recipe.lr / 10,
-    )
-    model, optimizer = accelerator.prepare(model, optimizer)
+def train(
+    recipe: Recipe,
+    output: str | Path,
+    resume: bool = False,
+    data_dir: str = "",
+    workers: int = 0,
+    checkpoint_updates: int = 500,
+    trackers: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Trains as `recipe` says and writes the model folder `output`; returns the row of the last epoch, the result.
 
-    is_main = accelerator.is_main_process
-    rows = []
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not is_main) as progress:
-        for epoch in range(recipe.epochs):
-            start = time.perf_counter()
-            row = dict(epoch=epoch + 1, lr=optimizer.param_groups[0]["lr"])
-            title = f"epoch {epoch + 1}/{recipe.epochs}"
-            row |= _train_epoch(model, optimizer, train_batches, accelerator, progress, title)
-            row |= evaluate(model, test_batches, accelerator)
-            row["seconds"] = time.perf_counter() - start
-            rows.append(row)
-            scheduler.step(epoch + 1)
-            if is_main:
-                progress.console.print(
-                    f"{title:>13}  lr {row['lr']:.4f}  "
-                    f"train loss {row['train_loss']:.3f}  top-1 {row['train_top1']:.2f} %"
-                    f"  test loss {row['test_loss']:.3f}  top-1 {row['test_top1']:.2f} %  {row['seconds']:.0f} s",
-                    highlight=False,
-                    soft_wrap=True,
-                )
-    if is_main:
-        data_config = dict(input_size=tuple(train_split.images.shape[1:]), mean=mean, std=std)
-        save_model_folder(accelerator.unwrap_model(model), output, recipe, rows, train_split.classes, data_config)
-    accelerator.end_training()
-    return rows[-1]
+    Args:
+        recipe: everything that decides the result.
+        output: the folder to write; must not exist, unless `resume`.
+        resume: go on with an unfinished run, if there is one; return the result of a finished one.
+        data_dir: where the data is on this machine; see `data.open_split`.
+        workers: processes that load images, where the recipe's loader is timm's.
+        checkpoint_updates: a checkpoint after so many updates, beside that after each epoch; 0 for none.
+        trackers: of `TRACKERS`, through accelerate.
+
+    Raises:
+        RecipeError: something is impossible; before the first step, and nothing is written.
+        TrainingError: the loss is not finite.
+        CheckpointError: a checkpoint can't be written, or none can be read.
+        Stopped: SIGTERM or Ctrl-C; a checkpoint is written.
+    """
+    output = Path(output)
+    if resume and (output / "log.csv").exists():
+        return read_log(output / "log.csv")[-1]
+    trainer = Trainer(recipe, output, resume, data_dir, workers, checkpoint_updates, trackers)
+    signals = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
+    before = {s: signal.signal(s, trainer._on_signal) for s in signals}
+    try:
+        return trainer.fit()
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)

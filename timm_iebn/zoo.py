@@ -1,12 +1,15 @@
 """Model folders: what a training run writes, `timm.create_model('local-dir:…')` loads and the Hub could hold."""
 
 import csv
+import io
 import platform
+import shutil
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+from matplotlib.figure import Figure
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
@@ -55,25 +58,53 @@ def save_model_folder(
     classes: list[str],
     data_config: dict[str, Any],
 ) -> None:
-    """Writes `folder`, which must not exist: weights, config, card, recipe, log and library versions."""
+    """Writes `folder`, which must not exist, all at once: weights, config, card, recipe, log, curves and versions."""
     folder = Path(folder)
-    folder.mkdir(parents=True)
-    save_weights(model, folder / WEIGHTS)
-    label_names = dict(label_names=classes, pretrained_cfg=dict(tag="", crop_pct=1.0))
-    save_config_for_hf(model, str(folder / "config.json"), model_config=label_names, data_config=data_config)
-    (folder / "recipe.yaml").write_text(recipe.to_yaml())
-    write_log(rows, folder / "log.csv")
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_weights(model, partial / WEIGHTS)
+    label_names = dict(label_names=classes, pretrained_cfg=dict(tag="", crop_pct=data_config["crop_pct"]))
+    save_config_for_hf(model, str(partial / "config.json"), model_config=label_names, data_config=data_config)
+    (partial / "recipe.yaml").write_text(recipe.to_yaml())
+    (partial / "log.csv").write_text(log_text(rows))
+    plot_curves(rows, partial / "curves.png", recipe.model)
     versions = [f"{name}=={version(name)}" for name in _PACKAGES]
     python = f"# Python {platform.python_version()}, {platform.system()} {platform.machine()}"
-    (folder / "environment.txt").write_text("\n".join([python, *versions]) + "\n")
+    (partial / "environment.txt").write_text("\n".join([python, *versions]) + "\n")
     norm = _IEBN if any(isinstance(m, IEBN2d) for m in model.modules()) else "Batch norm, the twin of an IEBN network"
     fields = dict(model=recipe.model, data=recipe.data, norm=norm, epochs=recipe.epochs, seed=recipe.seed)
-    (folder / "README.md").write_text(_CARD.format(**fields, **{k: rows[-1][k] for k in ("test_top1", "test_top5")}))
+    (partial / "README.md").write_text(_CARD.format(**fields, **{k: rows[-1][k] for k in ("test_top1", "test_top5")}))
+    partial.rename(folder)
 
 
-def write_log(rows: list[dict[str, Any]], path: Path) -> None:
+def log_text(rows: list[dict[str, Any]]) -> str:
     """`rows` as CSV, one line an epoch."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    file = io.StringIO()
+    writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    return file.getvalue()
+
+
+def read_log(path: str | Path) -> list[dict[str, float]]:
+    """The rows of a log.csv."""
+    with open(path, newline="") as file:
+        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+def plot_curves(rows: list[dict[str, Any]], path: str | Path, title: str) -> None:
+    """Loss and accuracy over the epochs, on the training and the test split, as PNG."""
+    epochs = [row["epoch"] for row in rows]
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    figure.suptitle(title)
+    for axes, quantity, label in zip(figure.subplots(1, 2), ("loss", "top1"), ("loss", "top-1, %"), strict=True):
+        for split in ("train", "test"):
+            axes.plot(
+                epochs, [row[f"{split}_{quantity}"] for row in rows], ".-" if len(rows) < 20 else "-", label=split
+            )
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=120)

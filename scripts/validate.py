@@ -1,0 +1,66 @@
+"""Evaluates a network on a test split: loss, top-1 and top-5, in float32, each image counted once.
+
+    python scripts/validate.py MODEL --data hfds/uoft-cs/cifar100
+
+MODEL is a registered name (with or without tag), a model folder, or hf-hub:ID. A folder remembers its data and can do
+without --data.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import timm
+from accelerate import Accelerator
+
+import timm_iebn  # noqa: F401  registers the models
+from timm_iebn.data import open_data
+from timm_iebn.recipe import Recipe, RecipeError, load_recipe
+from timm_iebn.train import evaluate, make_loader, make_share
+
+
+def _recipe(args: argparse.Namespace) -> Recipe:
+    """The data part of a recipe: the folder's own, changed by the arguments."""
+    given = [f"{k}={v}" for k in ("data", "test_split", "loader") if (v := getattr(args, k)) is not None]
+    stored = Path(args.model) / "recipe.yaml"
+    if stored.exists():
+        return load_recipe(stored, given)
+    if args.data is None:
+        raise RecipeError("data: say which data with --data")
+    return Recipe(model=args.model, **dict(item.split("=", 1) for item in given))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--data")
+    parser.add_argument("--data-dir", default="", help="where the data is, if not on the Hub: a folder or .tar file")
+    parser.add_argument("--test-split")
+    parser.add_argument("--loader", choices=["memory", "timm"])
+    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="for --loader timm")
+    args = parser.parse_args()
+    try:
+        recipe = _recipe(args)
+        _, test, classes = open_data(recipe, args.data_dir)
+        name = f"local-dir:{args.model}" if Path(args.model).is_dir() else args.model
+        model = timm.create_model(name, pretrained=True)
+        if model.num_classes != len(classes):
+            raise RecipeError(
+                f"{args.model} tells {model.num_classes} classes apart, {recipe.data!r} has {len(classes)}"
+            )
+    except (RecipeError, RuntimeError, OSError, ValueError) as e:
+        print(f"validate.py: {e}", file=sys.stderr)
+        return 2
+    accelerator = Accelerator()
+    loader = make_loader(test, *make_share(model, test, accelerator), workers=args.workers)
+    row = evaluate(model.to(accelerator.device), loader, accelerator)
+    accelerator.print(
+        f"{args.model}: test loss {row['test_loss']:.4f}"
+        f"  top-1 {row['test_top1']:.2f} %  top-5 {row['test_top5']:.2f} %"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

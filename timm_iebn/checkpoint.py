@@ -1,0 +1,129 @@
+"""Checkpoints of a run: one safetensors file each, written atomically, verified when read, the last two kept.
+
+Not accelerate's `save_state`: it writes pickles, into a folder that a kill leaves half-filled.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+KEPT = 2
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that can't be written or read; the message names the file and the remedy."""
+
+
+def _flatten(tree: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
+    """`tree` as JSON can hold it, each of its tensors replaced by its name in `tensors`."""
+    if isinstance(tree, Tensor):
+        tensors[path] = tree.detach().cpu().clone(memory_format=torch.contiguous_format)
+        return {"tensor": path}
+    if isinstance(tree, dict):  # as pairs, because JSON's keys are strings only
+        return {"dict": [[k, _flatten(v, tensors, f"{path}.{k}" if path else str(k))] for k, v in tree.items()]}
+    if isinstance(tree, list | tuple):
+        return {"list": [_flatten(v, tensors, f"{path}.{i}") for i, v in enumerate(tree)]}
+    return tree
+
+
+def _unflatten(node: Any, tensors: dict[str, Tensor]) -> Any:
+    if not isinstance(node, dict):
+        return node
+    ((kind, value),) = node.items()
+    if kind == "tensor":
+        return tensors[value]
+    if kind == "dict":
+        return {k: _unflatten(v, tensors) for k, v in value}
+    return [_unflatten(v, tensors) for v in value]
+
+
+def _digest(tree: str, tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(tree.encode())
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes `data` so that `path` holds all of it or what it held before, whatever happens meanwhile.
+
+    Raises:
+        CheckpointError: the disk is full or can't be written to; `path` is as before.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as e:
+        partial.unlink(missing_ok=True)
+        reason = "the disk is full" if e.errno in (errno.ENOSPC, errno.EDQUOT) else e.strerror
+        raise CheckpointError(f"can't write {path}: {reason}; {len(data) / 1e6:.1f} MB are needed") from e
+
+
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
+    """Writes `state`, a tree of dicts, lists, tensors and plain values, and removes all but the last checkpoints.
+
+    Raises:
+        CheckpointError: it can't be written; earlier checkpoints are untouched.
+    """
+    tensors: dict[str, Tensor] = {}
+    tree = json.dumps(_flatten(state, tensors))
+    metadata = dict(tree=tree, sha256=_digest(tree, tensors))
+    path = folder / f"{step:09d}.safetensors"
+    write_atomically(path, safetensors.torch.save(tensors, metadata))
+    for old in sorted(folder.glob("*.safetensors"))[:-KEPT]:
+        old.unlink()
+    return path
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The state in `path`, on the CPU.
+
+    Raises:
+        CheckpointError: the file is torn or changed.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        tree, expected = metadata["tree"], metadata["sha256"]
+    except (OSError, SafetensorError, KeyError) as e:
+        raise CheckpointError(f"{path} is not a whole checkpoint: {e}") from e
+    if _digest(tree, tensors) != expected:
+        raise CheckpointError(f"{path} is not a whole checkpoint: its checksum is wrong")
+    return _unflatten(json.loads(tree), tensors)
+
+
+def load_latest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest whole checkpoint in `folder` with its path; warns of torn ones. None where there is no checkpoint.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none is whole.
+    """
+    paths = sorted(folder.glob("*.safetensors"), reverse=True)
+    for path in paths:
+        try:
+            return path, read_checkpoint(path)
+        except CheckpointError as e:
+            warnings.warn(f"{e}; trying the one before", stacklevel=2)
+    if paths:
+        raise CheckpointError(f"no checkpoint in {folder} is whole: remove the folder to start again")
+    return None
