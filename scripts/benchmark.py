@@ -1,8 +1,8 @@
-"""What IEBN costs beside batch norm on this machine: ratios, measured side by side in one process.
+"""What IEBN costs beside batch norm, and the trainer beside a bare loop: ratios, measured side by side in one process.
 
-    python scripts/benchmark.py [layer] [train] [inference] [--repeats N] [--threads N]
+    python scripts/benchmark.py [layer] [train] [inference] [trainer] [--repeats N] [--threads N]
 
-Every repeat runs batch norm, then IEBN; a row is the median over the repeats of the ratio within one repeat. Numbers
+Every repeat runs the baseline, then ours; a row is the median over the repeats of the ratio within one repeat. Numbers
 mean nothing while something else runs on the machine.
 """
 
@@ -11,32 +11,37 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import timm
 import torch
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 from torch import nn
 
 from timm_iebn import IEBN2d
+from timm_iebn.recipe import Recipe
+from timm_iebn.train import Trainer
 
 LAYER_SHAPES = [(32, 256, 14, 14), (128, 16, 32, 32), (128, 64, 8, 8), (128, 32, 16, 16)]
 Row = tuple[str, float, float, float]
 
 
-def compare(name: str, batch_norm: Callable[[], None], iebn: Callable[[], None], repeats: int) -> Row:
-    """The row `name`: median ms of each, and the median ratio IEBN / batch norm."""
+def compare(name: str, baseline: Callable[[], None], ours: Callable[[], None], repeats: int) -> Row:
+    """The row `name`: median ms of each, and the median ratio ours / baseline."""
     pairs = []
     for _ in range(repeats + max(2, repeats // 10)):
         seconds = []
-        for run in (batch_norm, iebn):
+        for run in (baseline, ours):
             start = time.perf_counter()
             run()
             seconds.append(time.perf_counter() - start)
         pairs.append(seconds)
     pairs = pairs[-repeats:]  # the first ones warm up
     median = [1000 * statistics.median(column) for column in zip(*pairs, strict=True)]
-    return name, *median, statistics.median(iebn / bn for bn, iebn in pairs)
+    return name, *median, statistics.median(b / a for a, b in pairs)
 
 
 def _layer_step(layer: nn.Module, x: torch.Tensor, grad: torch.Tensor) -> None:
@@ -85,7 +90,32 @@ def inference_rows(repeats: int) -> list[Row]:
         return [compare("inference resnet50, batch 8, float32", *runs, max(10, repeats // 5))]
 
 
-PARTS = dict(layer=layer_rows, train=train_rows, inference=inference_rows)
+def trainer_rows(repeats: int) -> list[Row]:
+    """An epoch of the trainer on the digits, with augmentation and metrics, against as many bare steps."""
+    recipe = Recipe(model="resnet20_cifar_iebn", data="digits", lr=0.01)
+    with TemporaryDirectory() as folder, Progress(disable=True) as progress:
+        trainer = Trainer(recipe, Path(folder) / "out")
+        model = timm.create_model(recipe.model, num_classes=10, in_chans=1).to(memory_format=torch.channels_last)
+        device = trainer.accelerator.device
+        model.to(device).train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+        images = torch.randn(128, 1, 32, 32, device=device).to(memory_format=torch.channels_last)
+        labels = torch.randint(0, 10, (128,), device=device)
+
+        def bare() -> None:
+            for _ in range(len(trainer.train_loader)):
+                nn.functional.cross_entropy(model(images), labels).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+        def ours() -> None:
+            trainer.step = 0
+            trainer.train_epoch(progress)
+
+        return [compare("trainer, resnet20_cifar_iebn, against a bare loop", bare, ours, max(10, repeats // 5))]
+
+
+PARTS = dict(layer=layer_rows, train=train_rows, inference=inference_rows, trainer=trainer_rows)
 
 
 def main() -> None:
@@ -97,10 +127,10 @@ def main() -> None:
     if unknown := set(args.parts) - set(PARTS):
         parser.error(f"unknown part {', '.join(unknown)}: choose of {', '.join(PARTS)}")
     torch.set_num_threads(args.threads)
-    table = Table("", "batch norm, ms", "IEBN, ms", "IEBN / batch norm")
+    table = Table("", "baseline, ms", "ours, ms", "ours / baseline")
     for part in args.parts or PARTS:
-        for name, bn, iebn, ratio in PARTS[part](args.repeats):
-            table.add_row(name, f"{bn:.2f}", f"{iebn:.2f}", f"{ratio:.2f}")
+        for name, baseline, ours, ratio in PARTS[part](args.repeats):
+            table.add_row(name, f"{baseline:.2f}", f"{ours:.2f}", f"{ratio:.2f}")
     console = Console()
     console.print(table)
     console.print(f"torch {torch.__version__}, timm {timm.__version__}, {args.threads} CPU threads, channels last")

@@ -26,9 +26,11 @@ RECIPES = Path(__file__).parents[1] / "zoo" / "recipes"
 
 
 def _default_folder(recipe: Recipe, resume: bool) -> Path:
-    """One folder for each model, data set and seed; without `resume`, the first free one."""
-    data, model = (name.rstrip("/").rpartition("/")[2] for name in (recipe.data, recipe.model))
-    stem = Path("output") / f"{model}-{data}-seed{recipe.seed}"
+    """output/ARCH.TAG, named like a folder of the zoo; without `resume`, the first one that is free."""
+    data, model = (
+        name.rstrip("/").rpartition("/")[2].removeprefix("local-dir:") for name in (recipe.data, recipe.model)
+    )
+    stem = Path("output") / f"{model.split('.')[0]}.{data}_{recipe.epochs}epochs_seed{recipe.seed}"
     if resume:
         return stem
     names = (stem if i == 1 else stem.with_name(f"{stem.name}-{i}") for i in range(1, 10_000))
@@ -55,7 +57,7 @@ def main() -> int:
     parser.add_argument("--data-dir", default="", help="where the data is, if not on the Hub: a folder or .tar file")
     parser.add_argument("--checkpoint-updates", type=int, default=500, help="beside those after each epoch; 0 for none")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="for 'loader: timm'")
-    parser.add_argument("--track", nargs="+", default=[], metavar="TRACKER", help=f"of {', '.join(TRACKERS)}")
+    parser.add_argument("--track", action="append", default=[], choices=TRACKERS, help="may be given more than once")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
     args = parser.parse_intermixed_args()
     try:

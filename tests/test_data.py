@@ -5,8 +5,17 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from timm_iebn.data import Batches, Images, _crop_and_flip, load_splits
-from timm_iebn.recipe import RecipeError
+from timm_iebn.data import Images, MemoryLoader, Share, TimmLoader, crop_and_flip, load_images, open_data
+from timm_iebn.recipe import Recipe, RecipeError
+
+# timm's reader of image folders leaves closing to the garbage collector
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+
+PLAIN = Share((0.0,) * 3, (1 / 255,) * 3)  # batches hold the pixels' own values
+
+
+def recipe(**changes):
+    return Recipe(**dict(model="resnet20_cifar", data="digits", batch_size=16, crop_padding=0, hflip=False) | changes)
 
 
 def numbered(n, size=4):
@@ -16,84 +25,204 @@ def numbered(n, size=4):
     return Images(images, index, [str(i) for i in range(n)])
 
 
+def share(rank, world_size):
+    return Share(PLAIN.mean, PLAIN.std, rank, world_size)
+
+
 def labels(batches):
     return torch.cat([y for _, y in batches]).tolist()
 
 
-def test_an_epoch_sees_every_image_once_in_a_new_order():
-    batches = Batches(numbered(64), 16, (0,) * 3, (1 / 255,) * 3, train=True)
-    first, second = labels(batches), labels(batches)
+class AsDataset(torch.utils.data.Dataset):
+    """`Images` as timm's data sets give them: a PIL image and a label for each index."""
+
+    def __init__(self, split):
+        self.split = split
+
+    def __len__(self):
+        return len(self.split)
+
+    def __getitem__(self, i):
+        return Image.fromarray(self.split.images[i].permute(1, 2, 0).numpy()), int(self.split.labels[i])
+
+
+def data_config(size):
+    return dict(input_size=(3, size, size), interpolation="bilinear", crop_pct=1.0, crop_mode="center", mean=PLAIN.mean)
+
+
+def loader_of(kind, split, recipe=None, share=PLAIN, workers=0):
+    if kind == "memory":
+        return MemoryLoader(split, share, recipe)
+    return TimmLoader(AsDataset(split), share, data_config(split.images.shape[2]), recipe, workers)
+
+
+@pytest.fixture(params=["memory", "timm"])
+def kind(request):
+    return request.param
+
+
+def test_an_epoch_sees_every_image_once_in_a_new_order(kind):
+    loader = loader_of(kind, numbered(64), recipe(loader=kind))
+    first, second = labels(loader.epoch(0)), labels(loader.epoch(1))
     assert sorted(first) == sorted(second) == list(range(64)) and first != second
+    assert labels(loader.epoch(0)) == first
 
 
-def test_images_stay_with_their_labels():
-    batches = Batches(numbered(64), 16, (0,) * 3, (1 / 255,) * 3, train=True, hflip=True)
-    for images, y in batches:
+def test_images_stay_with_their_labels(kind):
+    for images, y in loader_of(kind, numbered(64), recipe(loader=kind, hflip=True)).epoch():
         assert torch.equal(images[:, 0, 0, 0].round().long(), y)
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_evaluation_counts_each_image_once_over_all_ranks(world_size):
-    ranks = [Batches(numbered(50), 7, (0,) * 3, (1,) * 3, rank=r, world_size=world_size) for r in range(world_size)]
-    assert sorted(sum((labels(r) for r in ranks), [])) == list(range(50))
-    assert all(len(list(r)) == len(r) for r in ranks)
+def test_evaluation_counts_each_image_once_over_all_ranks(world_size, kind, monkeypatch):
+    monkeypatch.setattr("timm_iebn.data.TEST_BATCH", 7)
+    ranks = [loader_of(kind, numbered(50), share=share(r, world_size)) for r in range(world_size)]
+    assert sorted(sum((labels(r.epoch()) for r in ranks), [])) == list(range(50))
+    assert all(len(list(r.epoch())) == len(r) for r in ranks)
 
 
-def test_ranks_train_on_different_images():
-    ranks = [Batches(numbered(64), 8, (0,) * 3, (1,) * 3, train=True, rank=r, world_size=2) for r in range(2)]
-    assert sorted(labels(ranks[0]) + labels(ranks[1])) == list(range(64))
+def test_the_batches_of_all_ranks_are_those_of_one_process(kind):
+    given = recipe(loader=kind, crop_padding=1, hflip=True)
+    split = Images(torch.randint(0, 256, (64, 3, 5, 5), dtype=torch.uint8), torch.arange(64), ["a"] * 64)
+    one = loader_of(kind, split, given)
+    two = [loader_of(kind, split, given, share(rank, 2)) for rank in range(2)]
+    for (whole, y), (a, y_a), (b, y_b) in zip(one.epoch(3), *(rank.epoch(3) for rank in two), strict=True):
+        assert torch.equal(whole[::2], a) and torch.equal(whole[1::2], b)
+        assert torch.equal(y[::2], y_a) and torch.equal(y[1::2], y_b)
 
 
-def test_the_seed_decides_the_order():
-    a, b, c = (labels(Batches(numbered(64), 8, (0,) * 3, (1,) * 3, train=True, seed=s)) for s in (1, 1, 2))
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_goes_on_in_its_middle_with_the_very_same_batches(kind, workers):
+    given = recipe(loader=kind, crop_padding=1, hflip=True, random_erasing=0.5)
+    split = Images(torch.randint(0, 256, (64, 3, 12, 12), dtype=torch.uint8), torch.arange(64), ["a"] * 64)
+    whole = [images.clone() for images, _ in loader_of(kind, split, given).epoch(2)]
+    rest = list(loader_of(kind, split, given, workers=workers).epoch(2, start=2))
+    assert len(rest) == 2 and all(torch.equal(a, b) for a, (b, _) in zip(whole[2:], rest, strict=True))
+
+
+def test_the_seed_decides_the_order(kind):
+    a, b, c = (labels(loader_of(kind, numbered(64), recipe(loader=kind, seed=s)).epoch()) for s in (1, 1, 2))
     assert a == b != c
 
 
 def test_crop_and_flip_gives_every_shift_and_mirror_of_the_padded_image():
     image = torch.arange(1, 28, dtype=torch.uint8).view(1, 3, 3, 3)
     padded = F.pad(image, (1, 1, 1, 1))[0]
-    crops = [padded[:, i : i + 3, j : j + 3] for i in range(3) for j in range(3)]
-    expected = {tuple(c.flatten().tolist()) for crop in crops for c in (crop, crop.flip(2))}
-    out = _crop_and_flip(image.expand(2000, -1, -1, -1), 1, True, torch.Generator().manual_seed(0))
-    seen, counts = np.unique(out.reshape(2000, -1).numpy(), axis=0, return_counts=True)
-    assert {tuple(row.tolist()) for row in seen} == expected
-    assert counts.min() > 2000 / len(expected) / 2
+    crops = {(i, j): padded[:, i : i + 3, j : j + 3] for i in range(3) for j in range(3)}
+    for (i, j), crop in crops.items():
+        shifts = torch.tensor([[i, i], [j, j]])
+        out = crop_and_flip(image.expand(2, -1, -1, -1), 1, shifts, torch.tensor([False, True]))
+        assert torch.equal(out[0], crop) and torch.equal(out[1], crop.flip(2))
 
 
-def test_batches_are_normalised():
-    split = load_splits("digits")[1]
-    images, _ = next(iter(Batches(split, 8, (0.25,), (0.5,), channels_last=True)))
-    torch.testing.assert_close(images, (split.images[:8].float() / 255 - 0.25) / 0.5)
+def test_both_loaders_draw_from_the_same_distribution():
+    """Every shift and mirror of a 3x3 image padded by 1: 18 outcomes of the same frequency, in both."""
+    image = torch.arange(1, 28, dtype=torch.uint8).view(1, 3, 3, 3)
+    split = Images(image.expand(1800, -1, -1, -1), torch.zeros(1800, dtype=torch.long), ["a"])
+    counts = []
+    for kind in ("memory", "timm"):
+        given = recipe(loader=kind, crop_padding=1, hflip=True, batch_size=600)
+        drawn = torch.cat([images for e in range(2) for images, _ in loader_of(kind, split, given).epoch(e)])
+        outcomes, count = np.unique(drawn.round().byte().reshape(len(drawn), -1).numpy(), axis=0, return_counts=True)
+        counts.append(dict(zip((row.tobytes() for row in outcomes), count, strict=True)))
+    memory, timm = counts
+    assert memory.keys() == timm.keys() and len(memory) == 18
+    expected = 3600 / 18
+    for found in counts:  # chi-squared with 17 degrees of freedom: above 51 once in 30,000
+        assert sum((count - expected) ** 2 / expected for count in found.values()) < 51
+
+
+def test_both_loaders_give_the_same_test_batches():
+    split = Images(torch.randint(0, 256, (30, 3, 8, 8), dtype=torch.uint8), torch.arange(30), ["a"] * 30)
+    for (a, y_a), (b, y_b) in zip(*(loader_of(kind, split).epoch() for kind in ("memory", "timm")), strict=True):
+        assert torch.equal(a, b) and torch.equal(y_a, y_b)
+
+
+def test_batches_are_normalised_and_laid_out():
+    split = load_images(recipe(), "test")
+    images, _ = next(MemoryLoader(split, Share((0.25,), (0.5,), channels_last=True)).epoch())
+    torch.testing.assert_close(images, (split.images[: len(images)].float() / 255 - 0.25) / 0.5)
     assert images.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_digits_splits_are_disjoint_and_whole():
-    train, test = load_splits("digits")
-    assert len(train) + len(test) == 1797 and train.images.shape[1:] == (1, 32, 32)
+    train, test, classes = open_data(recipe())
+    assert len(train) + len(test) == 1797 and train.images.shape[1:] == (1, 32, 32) and len(classes) == 10
     seen = {row.numpy().tobytes() for row in train.images}
     assert sum(row.numpy().tobytes() in seen for row in test.images) == 0
 
 
-def test_a_folder_of_parquet_is_read_as_timm_reads_it(tmp_path):
-    rng = np.random.default_rng()
-    pixels = rng.integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
-    features = datasets.Features(img=datasets.Image(), fine_label=datasets.ClassLabel(names=["ant", "bee"]))
-    for split, rows in (("train", slice(0, 4)), ("test", slice(4, 6))):
-        images = [Image.fromarray(p) for p in pixels[rows]]
-        data = dict(img=images, fine_label=[i % 2 for i in range(len(images))])
-        (tmp_path / "data").mkdir(exist_ok=True)
-        datasets.Dataset.from_dict(data, features=features).to_parquet(tmp_path / "data" / f"{split}-0.parquet")
-    train, test = load_splits(f"hfds/{tmp_path}")
-    assert torch.equal(train.images, torch.from_numpy(pixels[:4]).permute(0, 3, 1, 2))
-    assert len(test) == 2 and train.classes == ["ant", "bee"] and train.labels.tolist() == [0, 1, 0, 1]
+@pytest.fixture
+def pictures(tmp_path):
+    """The same pictures of two classes as parquet of the Hub's form and as timm's image folders."""
+    pixels = np.random.default_rng().integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
+    names = ["ant", "bee"]
+    features = datasets.Features(img=datasets.Image(), fine_label=datasets.ClassLabel(names=names))
+    for split, rows in (("train", range(4)), ("test", range(4, 6))):
+        images = [Image.fromarray(pixels[i]) for i in rows]
+        (tmp_path / "hub" / "data").mkdir(parents=True, exist_ok=True)
+        data = datasets.Dataset.from_dict(dict(img=images, fine_label=[i % 2 for i in rows]), features=features)
+        data.to_parquet(tmp_path / "hub" / "data" / f"{split}-0.parquet")
+        for i, image in zip(rows, images, strict=True):
+            folder = tmp_path / "folders" / split / names[i % 2]
+            folder.mkdir(parents=True, exist_ok=True)
+            image.save(folder / f"{i}.png")
+    return tmp_path, torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 
-@pytest.mark.parametrize("data", ["cifar100", "torch/cifar100", "hfds/", "hfds//nowhere/at/all"])
-def test_unreadable_data_is_named(data):
-    with pytest.raises(RecipeError, match="data: .*" + (data.removeprefix("hfds/") or "hfds")):
-        load_splits(data)
+@pytest.mark.parametrize("form", ["hfds/{hub}", "hfds/x/y in {hub}", "folder in {folders}"])
+def test_data_of_the_hub_and_of_folders_is_read_as_timm_reads_it(form, pictures):
+    root, pixels = pictures
+    data, _, data_dir = form.format(hub=root / "hub", folders=root / "folders").partition(" in ")
+    train, test, classes = open_data(recipe(data=data), data_dir)
+    order = torch.argsort(train.labels, stable=True)
+    assert torch.equal(train.images[order], pixels[[0, 2, 1, 3]]) and train.labels[order].tolist() == [0, 0, 1, 1]
+    assert len(test) == 2 and classes == ["ant", "bee"]
+    train, test, classes = open_data(recipe(data=data, loader="timm"), data_dir)
+    assert len(train) == 4 and len(test) == 2 and classes == ["ant", "bee"]
 
 
-def test_a_batch_larger_than_the_data_is_refused():
-    with pytest.raises(RecipeError, match="batch_size: 100 .* 64 training"):
-        Batches(numbered(64), 100, (0,) * 3, (1,) * 3, train=True)
+def test_large_images_go_through_timms_augmentations(pictures):
+    root, _ = pictures
+    given = recipe(data="folder", loader="timm", crop="resized", auto_augment="rand-m9-mstd0.5", batch_size=4)
+    train, _, _ = open_data(given, str(root / "folders"))
+    loader = TimmLoader(train, PLAIN, data_config(32), given, workers=1)
+    ((images, y),) = loader.epoch()
+    assert images.shape == (4, 3, 32, 32) and sorted(y.tolist()) == [0, 0, 1, 1]
+
+
+def test_images_of_several_sizes_ask_for_the_other_loader(pictures):
+    root, _ = pictures
+    Image.new("RGB", (9, 8)).save(root / "folders" / "train" / "bee" / "9.png")
+    with pytest.raises(RecipeError, match="loader: .* 8x8 and 8x9.* use 'timm'"):
+        open_data(recipe(data="folder"), str(root / "folders"))
+
+
+def test_splits_of_other_classes_are_refused(pictures):
+    root, _ = pictures
+    (root / "folders" / "test" / "bee").rename(root / "folders" / "test" / "cat")
+    with pytest.raises(RecipeError, match="do not have the same classes.*bee.*cat"):
+        open_data(recipe(data="folder"), str(root / "folders"))
+
+
+@pytest.mark.parametrize(
+    ("data", "data_dir"),
+    [("cifar100", ""), ("hfds/", ""), ("hfds//nowhere/at/all", ""), ("hfds/x/y", "/nowhere"), ("folder", "")]
+    + [("torch/cifar100", "/nowhere"), ("torch/nothing", "/tmp"), ("folder", "/nowhere/{split}.tar")],
+)
+def test_unreadable_data_is_named(data, data_dir):
+    with pytest.raises(RecipeError, match="data: .*" + (data_dir.format(split="train") or data.removeprefix("hfds/"))):
+        open_data(recipe(data=data), data_dir)
+
+
+@pytest.mark.parametrize(
+    ("changes", "ranks", "message"),
+    [
+        (dict(batch_size=100), 1, "batch_size: 100 .* 64 training"),
+        (dict(batch_size=16), 3, "batch_size: 16 can't be shared by 3"),
+        (dict(batch_size=12, grad_accumulation=4, mixup=0.2), 1, "batch_size: mixup and cutmix pair images; 3 is odd"),
+    ],
+)
+def test_an_impossible_batch_size_is_refused(changes, ranks, message):
+    with pytest.raises(RecipeError, match=message):
+        MemoryLoader(numbered(64), share(0, ranks), recipe(**changes))

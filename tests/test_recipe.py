@@ -16,8 +16,8 @@ def test_every_recipe_loads_and_round_trips(path, tmp_path):
 
 
 def test_overrides_win_over_the_file():
-    recipe = load_recipe(RECIPES[0], ["lr=0.25", "milestones=[3, 4]", "epochs=7"])
-    assert (recipe.lr, recipe.milestones, recipe.epochs) == (0.25, (3, 4), 7)
+    recipe = load_recipe(RECIPES[0], ["lr=2.5e-1", "milestones=[3, 4]", "epochs=7", "weight_decay=1e-4"])
+    assert (recipe.lr, recipe.milestones, recipe.epochs, recipe.weight_decay) == (0.25, (3, 4), 7, 1e-4)
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,15 @@ def test_overrides_win_over_the_file():
         ("hflip=1", "hflip: expected bool, got 1"),
         ("sched=linear", "sched: must be one of .*, got 'linear'"),
         ("precision=fp8", "precision: must be one of .*, got 'fp8'"),
+        ("loader=tmm", "loader: must be one of memory, timm, got 'tmm'"),
+        ("auto_augment=rand-m9", "auto_augment: 'rand-m9' .* needs loader: timm"),
+        ("crop=resized", "crop: 'resized' .* needs loader: timm"),
+        ("random_erasing=1.5", "random_erasing: must be between 0 and 1, got 1.5"),
+        ("lr=.inf", "lr: must be more than 0, got inf"),
+        ("mixup=.nan", "mixup: must not be negative, got nan"),
+        ("milestones=[4, 3]", r"milestones: expected epochs in order, got \[4, 3\]"),
+        ("grad_accumulation=7", "grad_accumulation: 7 does not divide batch_size 128"),
+        ("model_args=[1]", "model_args: expected dict, got"),
         ("seed", "'seed': overrides are written key=value"),
     ],
 )

@@ -18,6 +18,13 @@ _CHOICES = dict(
 _NOT_NEGATIVE = ("weight_decay", "clip_grad", "warmup_epochs", "min_lr", "crop_padding", "mixup", "cutmix")
 
 
+def _is_number(value: int | str) -> bool:
+    try:
+        return isinstance(float(value), float)
+    except ValueError:
+        return False
+
+
 class RecipeError(ValueError):
     """A recipe that can't be run; the message names the key, the value and what is possible."""
 
@@ -65,7 +72,7 @@ class Recipe:
         for f in fields(self):
             value = getattr(self, f.name)
             kind = get_origin(f.type) or f.type
-            if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            if kind is float and type(value) in (int, str) and _is_number(value):  # YAML reads 1e-3 as text
                 object.__setattr__(self, f.name, float(value))
             elif kind is tuple and isinstance(value, list):
                 object.__setattr__(self, f.name, tuple(value))
@@ -85,8 +92,8 @@ class Recipe:
                 raise RecipeError(f"{name}: must not be negative, got {getattr(self, name)!r}")
         if not all(type(m) is int and m > 0 for m in self.milestones) or sorted(self.milestones) != [*self.milestones]:
             raise RecipeError(f"milestones: expected epochs in order, got {list(self.milestones)!r}")
-        if self.sched == "cosine" and self.warmup_epochs >= self.epochs:
-            raise RecipeError(f"warmup_epochs: {self.warmup_epochs} leave nothing of {self.epochs} epochs")
+        if self.warmup_epochs > self.epochs:
+            raise RecipeError(f"warmup_epochs: {self.warmup_epochs} are more than the {self.epochs} epochs")
         if self.loader == "memory" and (self.auto_augment or self.crop != "pad"):
             key = "auto_augment" if self.auto_augment else "crop"
             raise RecipeError(f"{key}: {getattr(self, key)!r} works on single images and needs loader: timm")

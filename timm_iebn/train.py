@@ -99,7 +99,7 @@ def _create_model(recipe: Recipe, num_classes: int, split: Any) -> nn.Module:
             recipe.model, pretrained=recipe.pretrained, num_classes=num_classes, in_chans=in_chans, **recipe.model_args
         )
     except (RuntimeError, ValueError, TypeError, OSError) as e:
-        raise RecipeError(f"model: can't create {recipe.model!r} with {recipe.model_args}: {e}") from e
+        raise RecipeError(f"model: can't create {recipe.model!r} with model_args {recipe.model_args}: {e}") from e
 
 
 class Trainer:
@@ -112,20 +112,19 @@ class Trainer:
         self,
         recipe: Recipe,
         output: Path,
-        resume: bool,
-        data_dir: str,
-        workers: int,
-        checkpoint_updates: int,
-        trackers: Sequence[str],
+        resume: bool = False,
+        data_dir: str = "",
+        workers: int = 0,
+        checkpoint_updates: int = 0,
+        trackers: Sequence[str] = (),
     ) -> None:
         self.recipe, self.output = recipe, output
         self.folder = output.with_name(output.name + ".run")
         self.checkpoint_updates = checkpoint_updates
         _check_output(recipe, output, self.folder, resume)
         for tracker in trackers:
-            if tracker not in TRACKERS or importlib.util.find_spec(tracker) is None:
-                known = f"choose of {', '.join(TRACKERS)}" if tracker not in TRACKERS else f"pip install {tracker}"
-                raise RecipeError(f"track: {tracker!r} is not there: {known}")
+            if importlib.util.find_spec(tracker) is None:
+                raise RecipeError(f"track: {tracker!r} is not installed: pip install {tracker}")
         self.accelerator = Accelerator(
             mixed_precision=recipe.precision,
             gradient_accumulation_steps=recipe.grad_accumulation,
@@ -278,7 +277,7 @@ class Trainer:
 
     # ---- the loop
 
-    def _train_epoch(self, progress: Progress) -> float:
+    def train_epoch(self, progress: Progress) -> float:
         """Trains from the current batch to the end of the epoch; returns the learning rate of its last update."""
         recipe, accelerator = self.recipe, self.accelerator
         self.model.train()
@@ -340,7 +339,7 @@ class Trainer:
             while self.epoch < recipe.epochs:
                 started, first = time.perf_counter(), self.step
                 self.scheduler.step_update(self.updates)
-                lr = self._train_epoch(progress)
+                lr = self.train_epoch(progress)
                 seconds = time.perf_counter() - started
                 loss_sum, correct, seen = accelerator.reduce(self.sums[:3].clone()).tolist()
                 images = (self.step - first) * self.train_loader.batch_size

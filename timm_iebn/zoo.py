@@ -4,6 +4,9 @@ import csv
 import io
 import platform
 import shutil
+import statistics
+from collections import defaultdict
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ from timm.models._hub import save_config_for_hf
 from torch import nn
 
 from .layers import IEBN2d
-from .recipe import Recipe
+from .recipe import Recipe, load_recipe
 
 WEIGHTS = "model.safetensors"
 _PACKAGES = ("timm-iebn", "torch", "timm", "accelerate", "safetensors", "huggingface-hub")
@@ -108,3 +111,39 @@ def plot_curves(rows: list[dict[str, Any]], path: str | Path, title: str) -> Non
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(path, dpi=120)
+
+
+def results_table(zoo: Path) -> str:
+    """The results of all model folders in `zoo` as a Markdown table, each network beside its batch-norm twin.
+
+    A row holds runs that differ in norm and seed only: mean and standard deviation of the last epoch's top-1.
+    """
+    groups = defaultdict(lambda: defaultdict(list))
+    for path in sorted(zoo.glob("*/recipe.yaml")):
+        recipe, folder = load_recipe(path), path.parent
+        twin = recipe.model.removesuffix("_iebn")
+        top1 = read_log(folder / "log.csv")[-1]["test_top1"]
+        groups[replace(recipe, model=twin, seed=0).to_yaml()][recipe.model != twin].append((top1, recipe, folder.name))
+    lines = [
+        "| Network | Data | Epochs | Batch norm | IEBN | Paper: batch norm, IEBN | Runs |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for sides in groups.values():
+        recipe = next(iter(sides.values()))[0][1]
+        twin, data = recipe.model.removesuffix("_iebn"), recipe.data.rpartition("/")[2]
+        paper = ", ".join(_PAPER.get((name, data), "-") for name in (twin, f"{twin}_iebn"))
+        logs = [f"[{n}]({n}/log.csv)" for side in (False, True) for _, _, n in sides.get(side, [])]
+        cells = (twin, data, str(recipe.epochs), *(_mean(sides.get(side, [])) for side in (False, True)), paper)
+        lines.append(f"| {' | '.join(cells)} | {' '.join(logs)} |")
+    return "\n".join(lines) + "\n"
+
+
+# arXiv 1908.04008
+_PAPER = {("resnet164_cifar", "cifar100"): "74.29", ("resnet164_cifar_iebn", "cifar100"): "77.09"}
+
+
+def _mean(runs: list[tuple[float, Recipe, str]]) -> str:
+    top1 = [run[0] for run in runs]
+    if len(top1) < 2:
+        return f"{top1[0]:.2f} (one seed)" if top1 else "-"
+    return f"{statistics.mean(top1):.2f} ± {statistics.stdev(top1):.2f} ({len(top1)} seeds)"
