@@ -251,6 +251,18 @@ def test_not_a_number_stays_one_and_in_its_channel(backend):
         assert torch.equal(t.isnan().all((0, 2, 3)), bad) and torch.equal(t.isnan().any(3).any(2).any(0), bad)
 
 
+@pytest.mark.parametrize("shape", [(0, 8, 4, 4), (2, 8, 0, 4)], ids=str)
+@pytest.mark.parametrize("training", [True, False])
+def test_an_empty_batch_moves_nothing(shape, training, backend):
+    vectors = [p.float().requires_grad_() for p in draw((4, 8, 5, 5))[0][1:]]
+    stats, before = [t.float() for t in running(8, "eval", 0.0, torch.float64)], running(8, "eval", 0.0, torch.float32)
+    x = torch.randn(shape).requires_grad_()
+    y = iebn_eager(x, *vectors, *stats, training, 0.3, 1e-5)
+    y.sum().backward()
+    assert y.shape == x.grad.shape == shape and all((v.grad == 0).all() for v in vectors)
+    assert torch.equal(stats[0], before[0]) and torch.equal(stats[1], before[1])
+
+
 def test_bfloat16_is_rounded_to_nearest_even_as_torch_does(backend):
     x = torch.randn(4, 24, 16, 16).bfloat16()
     one, zero = torch.ones(24), torch.zeros(24)

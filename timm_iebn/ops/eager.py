@@ -108,12 +108,14 @@ def iebn_eager(
     backend = cpu if cpu.supports(x) else passes
     with torch.no_grad():
         mean_NC, mean, var = backend.statistics(x, batch)
+        if x.numel() == 0:  # a detector's empty batch: nothing moves, where 0 / 0 would
+            mean_NC, mean, var = (None if t is None else torch.zeros_like(t) for t in (mean_NC, mean, var))
         count = x.numel() // x.shape[1] if batch else 0
         if not batch:
             mean, var = running_mean.to(dtype), running_var.to(dtype)
         elif group is not None:
             mean, var, count = _merge(mean, var, count, group)
-        if batch and running_mean is not None:
+        if batch and running_mean is not None and (group is not None or x.numel()):
             update_running(running_mean, running_var, mean, var * (count / (count - 1)), momentum)
     args = (x, weight, bias, gate_weight, gate_bias, mean_NC, mean, var, eps, count, group, backend)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:5]):
