@@ -17,7 +17,6 @@ from tempfile import TemporaryDirectory
 import timm
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from torch import nn
 
@@ -93,7 +92,7 @@ def inference_rows(repeats: int) -> list[Row]:
 def trainer_rows(repeats: int) -> list[Row]:
     """An epoch of the trainer on the digits, with augmentation and metrics, against as many bare steps."""
     recipe = Recipe(model="resnet20_cifar_iebn", data="digits", lr=0.01)
-    with TemporaryDirectory() as folder, Progress(disable=True) as progress:
+    with TemporaryDirectory() as folder:
         trainer = Trainer(recipe, Path(folder) / "out")
         model = timm.create_model(recipe.model, num_classes=10, in_chans=1).to(memory_format=torch.channels_last)
         device = trainer.accelerator.device
@@ -110,7 +109,7 @@ def trainer_rows(repeats: int) -> list[Row]:
 
         def ours() -> None:
             trainer.step = 0
-            trainer.train_epoch(progress)
+            trainer.train_epoch()
 
         return [compare("trainer, resnet20_cifar_iebn, against a bare loop", bare, ours, max(10, repeats // 5))]
 

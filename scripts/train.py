@@ -19,8 +19,9 @@ from accelerate import PartialState
 import timm_iebn  # noqa: F401  registers the models
 from timm_iebn.checkpoint import CheckpointError
 from timm_iebn.data import open_data
+from timm_iebn.evaluate import make_loader, make_share
 from timm_iebn.recipe import Recipe, RecipeError, load_recipe
-from timm_iebn.train import TRACKERS, Stopped, TrainingError, make_loader, make_share, train
+from timm_iebn.train import TRACKERS, Stopped, TrainingError, train
 
 RECIPES = Path(__file__).parents[1] / "zoo" / "recipes"
 

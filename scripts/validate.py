@@ -16,8 +16,8 @@ from accelerate import Accelerator
 
 import timm_iebn  # noqa: F401  registers the models
 from timm_iebn.data import open_data
+from timm_iebn.evaluate import evaluate, make_loader, make_share
 from timm_iebn.recipe import Recipe, RecipeError, load_recipe
-from timm_iebn.train import evaluate, make_loader, make_share
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:

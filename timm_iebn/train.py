@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from timm.data import Mixup, resolve_data_config
+from timm.data import Mixup
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
@@ -27,7 +27,8 @@ from torch.nn import functional as F
 
 from .checkpoint import load_latest, save_checkpoint, write_atomically
 from .convert import convert_sync_batchnorm
-from .data import Images, Loader, MemoryLoader, Share, TimmLoader, open_data, seed_everything
+from .data import Images, open_data, seed_everything
+from .evaluate import evaluate, make_loader, make_share
 from .recipe import Recipe, RecipeError, load_recipe
 from .zoo import log_text, read_log, save_model_folder
 
@@ -47,49 +48,6 @@ class Stopped(Exception):
     def __init__(self, signum: int, checkpoint: Path) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}; --resume goes on from {checkpoint}")
         self.signum = signum
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, loader: Loader, accelerator: Accelerator | None = None) -> dict[str, float]:
-    """Loss and top-1 and top-5 accuracy in percent over the whole split, in float32, each image counted once.
-
-    With an `accelerator`, over the shares of all its processes.
-    """
-    model.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=loader.share.device)
-    for images, labels in loader.epoch():
-        logits = model(images).float()
-        hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-        loss = F.cross_entropy(logits, labels, reduction="none").double().sum()
-        sums += torch.stack([loss, hits[:, 0].sum(), hits.sum(), torch.ones_like(labels).sum()])
-    loss, top1, top5, count = (accelerator.reduce(sums) if accelerator else sums).tolist()
-    return dict(test_loss=loss / count, test_top1=100 * top1 / count, test_top5=100 * top5 / count)
-
-
-def make_loader(
-    split: Any, share: Share, data_config: dict[str, Any], recipe: Recipe | None = None, workers: int = 0
-) -> Loader:
-    """The loader for a split of `open_data`; with a `recipe` for training, without for testing."""
-    if isinstance(split, Images):
-        return MemoryLoader(split, share, recipe)
-    return TimmLoader(split, share, data_config, recipe, workers)
-
-
-def make_share(
-    model: nn.Module, split: Any, accelerator: Accelerator | None = None, channels_last: bool = True
-) -> tuple[Share, dict[str, Any]]:
-    """This process's share of the data, and the preprocessing, as timm's config of `model` has it, for `split`."""
-    config = resolve_data_config(model=model)
-    if isinstance(split, Images):
-        channels = split.images.shape[1]
-        config["input_size"], config["crop_pct"] = tuple(split.images.shape[1:]), 1.0
-        if channels != len(config["mean"]):
-            config |= {k: (sum(config[k]) / len(config[k]),) * channels for k in ("mean", "std")}
-    share = Share(tuple(config["mean"]), tuple(config["std"]), channels_last=channels_last)
-    if accelerator:
-        place = accelerator.process_index, accelerator.num_processes, accelerator.device
-        share = replace(share, **dict(zip(("rank", "world_size", "device"), place, strict=True)))
-    return share, config
 
 
 def _create_model(recipe: Recipe, num_classes: int, split: Any) -> nn.Module:
@@ -152,6 +110,18 @@ class Trainer:
         self.signum = 0
         if resume:
             self._resume()
+        batches = len(self.train_loader)
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(),
+        )
+        is_main = self.accelerator.is_main_process
+        self.progress = Progress(*columns, console=console, transient=True, disable=not is_main)
+        self.task = self.progress.add_task(
+            "starting", total=recipe.epochs * batches, completed=self.epoch * batches + self.step, note=""
+        )
 
     def _zeros(self) -> Tensor:
         """Sums over an epoch: loss, correct, images, and the first batch whose loss was not finite."""
@@ -277,12 +247,11 @@ class Trainer:
 
     # ---- the loop
 
-    def train_epoch(self, progress: Progress) -> float:
+    def train_epoch(self) -> float:
         """Trains from the current batch to the end of the epoch; returns the learning rate of its last update."""
         recipe, accelerator = self.recipe, self.accelerator
         self.model.train()
         total = len(self.train_loader)
-        task = progress.add_task(f"epoch {self.epoch + 1}/{recipe.epochs}", total=total, completed=self.step, note="")
         started, first, shown = time.perf_counter(), self.step, 0.0
         for images, labels in self.train_loader.epoch(self.epoch, self.step):
             # dropout, drop path and mixup are functions of the place in the run, so nothing of them is to be saved
@@ -322,24 +291,18 @@ class Trainer:
                 loss_sum, correct, seen, _ = self.sums.tolist()
                 speed = (self.step - first) * self.train_loader.batch_size / (shown - started)
                 note = f"loss {loss_sum / seen:.3f}  top-1 {100 * correct / seen:.1f} %  {speed:.0f} images/s"
-                progress.update(task, completed=self.step, note=note)
-        progress.remove_task(task)
+                title = f"epoch {self.epoch + 1}/{recipe.epochs}"
+                self.progress.update(self.task, description=title, completed=self.epoch * total + self.step, note=note)
         return lr
 
     def fit(self) -> dict[str, Any]:
         """Trains to the end and writes the model folder; returns the last epoch's row, whose accuracy is the result."""
         recipe, accelerator = self.recipe, self.accelerator
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.fields[note]}"),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=console, transient=True, disable=not accelerator.is_main_process) as progress:
+        with self.progress:
             while self.epoch < recipe.epochs:
                 started, first = time.perf_counter(), self.step
                 self.scheduler.step_update(self.updates)
-                lr = self.train_epoch(progress)
+                lr = self.train_epoch()
                 seconds = time.perf_counter() - started
                 loss_sum, correct, seen = accelerator.reduce(self.sums[:3].clone()).tolist()
                 images = (self.step - first) * self.train_loader.batch_size
@@ -350,7 +313,7 @@ class Trainer:
                 self.rows.append(row)
                 self._check_finite()
                 self.epoch, self.step, self.sums = self.epoch + 1, 0, self._zeros()
-                self._report(row, progress.console)
+                self._report(row)
                 self._save()
                 if self.epoch < recipe.epochs and self._is_stopped():
                     raise Stopped(self.signum or signal.SIGTERM, self.last_checkpoint)
@@ -359,12 +322,12 @@ class Trainer:
         accelerator.end_training()
         return self.rows[-1]
 
-    def _report(self, row: dict[str, Any], out: Console) -> None:
+    def _report(self, row: dict[str, Any]) -> None:
         self.accelerator.log({k: v for k, v in row.items() if k != "epoch"}, step=row["epoch"])
         if not self.accelerator.is_main_process:
             return
         write_atomically(self.folder / "log.csv", log_text(self.rows).encode())
-        out.print(
+        console.print(
             f"epoch {row['epoch']:>3}/{self.recipe.epochs}  lr {row['lr']:.4f}"
             f"  train loss {row['train_loss']:.3f}  top-1 {row['train_top1']:.2f} %"
             f"  test loss {row['test_loss']:.4f}  top-1 {row['test_top1']:.2f} %"
