@@ -200,6 +200,77 @@ def test_a_frozen_batch_norm_is_not_left_out_silently(kind):
         convert_bn_to_iebn(timm.layers.freeze_batch_norm_2d(nn.Sequential(kind(3))))
 
 
+def tied():
+    net = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.BatchNorm2d(3))
+    net[2].weight = net[0].weight
+    return net
+
+
+def test_a_shared_weight_is_scaled_once_both_ways():
+    before = randomize(tied()).eval()
+    after, x = convert_bn_to_iebn(copy.deepcopy(before)), torch.randn(4, 3, 5, 5)
+    assert after[0].weight is after[2].weight
+    torch.testing.assert_close(after(x), before(x))
+    torch.testing.assert_close(convert_iebn_to_bn(copy.deepcopy(after))(x), before(x))
+    with torch.no_grad():
+        after[2].gate_bias += 1
+    with pytest.raises(ValueError, match="2 shares its weight with a norm of another gate_bias"):
+        convert_iebn_to_bn(after)
+
+
+def test_hooks_stay():
+    norm, calls = nn.BatchNorm2d(3), []
+    norm.register_forward_hook(lambda module, args, output: calls.append(type(module)))
+    convert_bn_to_iebn(norm)(torch.randn(4, 3, 5, 5))
+    assert calls == [IEBN2d]
+
+
+class LoudBatchNorm(nn.BatchNorm2d):
+    def forward(self, x):
+        return 100 * super().forward(x)
+
+
+@pytest.mark.parametrize("convert", [convert_bn_to_iebn, convert_sync_batchnorm])
+@pytest.mark.parametrize("norm", [LoudBatchNorm(3), timm.layers.SplitBatchNorm2d(4)], ids=["loud", "split"])
+def test_a_class_with_a_forward_of_its_own_is_not_replaced(convert, norm):
+    with pytest.raises(TypeError, match=f"0 is a {type(norm).__name__}"):
+        convert(nn.Sequential(norm))
+
+
+def test_norms_of_other_dimensions_are_synchronised_by_torchs_layer():
+    net = convert_sync_batchnorm(nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm2d(3), nn.BatchNorm3d(3)))
+    assert [type(m) for m in net] == [nn.SyncBatchNorm, SyncBatchNorm2d, nn.SyncBatchNorm]
+
+
+@pytest.mark.parametrize(
+    ("name", "shortcuts"),
+    [
+        *[("resnet50d", 4), ("regnety_002", 4), ("dla34", 4), ("dpn48b", 4), ("xception41", 4), ("tresnet_m", 4)],
+        *[("hgnet_tiny", 0), ("tiny_vit_5m_224", 0), ("inception_next_atto", 0)],
+    ],
+)
+def test_shortcuts_are_known_in_timms_families(name, shortcuts):
+    with torch.device("meta"):
+        net = timm.create_model(name)
+        total = len(norms(net, nn.BatchNorm2d))
+        assert len(norms(convert_bn_to_iebn(net))) == total - shortcuts
+
+
+def test_timms_unfreezing_does_not_leave_a_network_half_frozen():
+    net = freeze_batch_norm_2d(timm.create_model("resnet20_cifar_iebn")).train()
+    timm.utils.unfreeze(net)
+    with pytest.raises(RuntimeError, match="IEBN2d is frozen.*timm_iebn.unfreeze_batch_norm_2d"):
+        net(torch.randn(2, 3, 32, 32))
+    unfreeze_batch_norm_2d(net)(torch.randn(2, 3, 32, 32))
+
+
+def test_freezing_leaves_an_activations_parameters_alone():
+    norm = IEBNAct2d(3, act_layer=nn.PReLU)
+    assert freeze_batch_norm_2d(norm).act.weight.requires_grad
+    norm.act.weight.requires_grad_(False)
+    assert not unfreeze_batch_norm_2d(norm).act.weight.requires_grad and norm.weight.requires_grad
+
+
 def test_learned_gates_do_not_become_batch_norm():
     net = convert_bn_to_iebn(plain_network("resnet18"))
     with torch.no_grad():

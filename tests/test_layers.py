@@ -187,6 +187,31 @@ class TestCompilers:
         assert torch.equal(empty(x), norm(x))
 
 
+@scripting
+def test_a_scripted_layer_cannot_be_synchronised_silently():
+    scripted = torch.jit.script(timm_iebn.convert_sync_batchnorm(layer()))
+    with pytest.raises(torch.jit.Error, match="scripted IEBN can't be synchronised"):
+        scripted(images())
+    assert scripted.eval()(images()).isfinite().all()
+
+
+@scripting
+@pytest.mark.parametrize("compiler", ["script", "compile"])
+def test_an_empty_batch_moves_no_statistics_however_it_runs(compiler):
+    norm = layer()
+    before = copy.deepcopy(norm.state_dict())
+    COMPILERS[compiler](norm, None)(torch.randn(0, 6, 4, 4))
+    for name in ("running_mean", "running_var"):
+        assert torch.equal(norm.state_dict()[name], before[name])
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_cumulative_average_needs_no_value_in_eval(device):
+    norm, x = layer(momentum=None).eval().to(device), images().to(device)
+    assert norm(x).shape == x.shape
+    torch.export.export(norm, (x,))
+
+
 def test_fx_keeps_a_layer_whole():
     net, x = nn.Sequential(nn.Conv2d(3, 6, 3), IEBNAct2d(6, act_layer="silu")), torch.randn(4, 3, 9, 9)
     traced = torch.fx.symbolic_trace(copy.deepcopy(net))
@@ -271,9 +296,21 @@ def test_a_state_dict_without_gates_is_refused(strict, lost):
         net.load_state_dict(state, strict=strict)
 
 
-def test_a_partial_state_dict_may_leave_a_norm_out():
+@pytest.mark.parametrize("kept", ["0.", "nothing"])
+def test_a_state_dict_that_leaves_a_norm_out_loads_with_a_warning(kept):
     net = network()
-    net.load_state_dict({k: v for k, v in net.state_dict().items() if k.startswith("0.")}, strict=False)
+    state = {k: v for k, v in net.state_dict().items() if k.startswith(kept)}
+    with pytest.warns(UserWarning, match="lacks IEBN layers of this network: their gates stay as they are"):
+        net.load_state_dict(state, strict=False)
+    with pytest.raises(RuntimeError, match=r"(?s)Missing key.*1\.gate_weight"):
+        net.load_state_dict(state)
+
+
+def test_a_state_dict_of_statistics_alone_is_refused():
+    net = network()
+    state = {k: v for k, v in net.state_dict().items() if "running_var" in k}
+    with pytest.raises(RuntimeError, match=r"1\.gate_weight and 1\.gate_bias missing"):
+        net.load_state_dict(state, strict=False)
 
 
 def gates(net):

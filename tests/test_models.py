@@ -1,5 +1,7 @@
 """timm's own demands on a model, over every name that is registered here."""
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -141,12 +143,15 @@ def test_intermediates(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_gradient_checkpointing_changes_nothing(name):
+@pytest.mark.parametrize("training", [True, False])
+def test_gradient_checkpointing_changes_nothing(name, training):
     x = images(name)
     plain, saving = build(name).double(), timm.create_model(name).double()
     saving.load_state_dict(plain.state_dict())
     saving.set_grad_checkpointing()
-    ys = [model.eval()(x.double()) for model in (plain, saving)]
+    for model in (plain, saving):
+        model.train(training).drop_rate = 0.0
+    ys = [model(x.double()) for model in (plain, saving)]
     torch.testing.assert_close(*ys)
     for y in ys:
         y.square().mean().backward()
@@ -197,11 +202,34 @@ def test_fx_features(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_compiles_and_exports(name):
+def test_exports(name):
     x = images(name)
     model = build(name).eval()
     program = torch.export.export(model, (x,))
     torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_training_step_compiles_without_a_graph_break():
+    eager = build("resnet20_cifar_iebn").double()
+    x, compiled = images("resnet20_cifar_iebn").double(), torch.compile(copy.deepcopy(eager), fullgraph=True)
+    for model in (eager, compiled):
+        model(x).square().mean().backward()
+    for (key, a), b in zip(eager.named_parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, msg=lambda m, k=key: f"{k}: {m}")
+    torch.testing.assert_close(dict(eager.named_buffers()), dict(compiled._orig_mod.named_buffers()))
+
+
+@pytest.mark.parametrize("name", ["mobilenetv2_050_iebn", "mobilenetv1_100_iebn"])
+def test_features_at_timms_other_location(name):
+    kwargs, x = dict(features_only=True, feature_location="expansion"), images(name)
+    found, twin = build(name, **kwargs).eval(), timm.create_model(name.removesuffix("_iebn"), **kwargs)
+    assert [f.shape for f in found(x)] == [f.shape for f in twin(x)]
+    assert any(isinstance(m, IEBN2d) for m in found.modules())
+
+
+def test_a_network_without_a_gate_is_refused():
+    with pytest.raises(ValueError, match="resnet18_iebn with .*groupnorm.* has no batch norm"):
+        timm.create_model("resnet18_iebn", norm_layer="groupnorm")
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -1,16 +1,18 @@
 """Every path against the formula in float64, forward and all gradients.
 
-No tolerance is picked by hand: a path may be 16 times as far from float64 as the formula, torch's own batch norm, or the
-variance that torch's batch norm finds, is in the same dtype and layout.
+No tolerance is picked by hand: a path may be 16 times as far from float64 as the formula, torch's own batch norm, or
+the variance that torch's batch norm finds, is in the same dtype and layout.
 """
 
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from timm_iebn.ops import cpu, iebn, iebn_eager, iebn_reference
+from timm_iebn.ops.reference import wide_dtype
 
 SHAPES = [(4, 8, 7, 5), (1, 3, 6, 6), (16, 5, 1, 1), (3, 1, 33, 2), (2, 77, 9, 9), (40, 24, 29, 31)]
 MODES = ["train", "eval", "untracked"]
@@ -154,13 +156,15 @@ def test_a_strided_input_is_as_exact(training):
     )
 
 
-def test_zero_variance_channels_stay_finite():
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_zero_variance_channels_stay_finite(dtype, backend):
     (x, *params), grad = draw((4, 3, 5, 5))
     x[:, 1] = 2.5
+    x, grad, params = x.to(dtype), grad.to(dtype), [p.to(wide_dtype(x.to(dtype))) for p in params]
     x.requires_grad_()
     y = iebn_eager(x, *params, None, None, True, 0.1, 1e-5)
     torch.testing.assert_close(y, iebn_reference(x, *params, None, None, True, 0.1, 1e-5))
-    torch.testing.assert_close(y[:, 1], params[1][1].expand_as(y[:, 1]))
+    torch.testing.assert_close(y[:, 1], params[1][1].to(dtype).expand_as(y[:, 1]))
     y.backward(grad)
     assert x.grad.isfinite().all()
 
@@ -180,6 +184,43 @@ def test_gradcheck_and_gradgradcheck(training, affine):
     inputs = tuple(tensors[i].requires_grad_() for i in present)
     assert torch.autograd.gradcheck(f, inputs)
     assert torch.autograd.gradgradcheck(f, inputs)
+
+
+@pytest.mark.parametrize(
+    "odd", [lambda v: v.repeat_interleave(3)[::3], lambda v: v[:1].expand(len(v))], ids=["strided", "expanded"]
+)
+def test_running_statistics_may_be_views(odd, backend):
+    (x, *params), grad = draw((4, 8, 7, 5))
+    x, params = x.float(), [p.float().requires_grad_() for p in params]
+    found = []
+    for dense in (False, True):
+        stats = [odd(t) for t in running(8, "eval", 0.0, torch.float32)]
+        leaf = x.clone().requires_grad_()
+        y = iebn_eager(leaf, *params, *(t.clone() if dense else t for t in stats), False, 0.1, 1e-5)
+        found.append([y, *torch.autograd.grad(y, [leaf, *params], grad.float())])
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+def test_a_graph_of_eval_outlives_a_step_in_training(backend):
+    (x, *params), grad = draw((4, 8, 7, 5))
+    x, params = x.float(), [p.float().requires_grad_() for p in params]
+    stats = running(8, "eval", 0.0, torch.float32)
+    expected = torch.autograd.grad(iebn_eager(x, *params, *stats, False, 0.1, 1e-5), params, grad.float())
+    y = iebn_eager(x, *params, *stats, False, 0.1, 1e-5)
+    iebn_eager(x, *params, *stats, True, 0.1, 1e-5)
+    torch.testing.assert_close(torch.autograd.grad(y, params, grad.float()), expected, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated", "ignore:.*not supported in Python 3.14")
+@pytest.mark.parametrize("training", [True, False])
+def test_forward_mode_agrees_with_reverse_mode(training):
+    (x, *params), tangent = draw((4, 3, 5, 5))
+    args = *params, *running(3, "eval", 0.0, torch.float64), None, training, 0.0, 1e-5
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(iebn(forward_ad.make_dual(x, tangent), *args)).tangent
+    leaf = x.clone().requires_grad_()
+    y, g = iebn(leaf, *args), torch.randn_like(x)
+    torch.testing.assert_close((found * g).sum(), (torch.autograd.grad(y, leaf, g)[0] * tangent).sum())
 
 
 def test_gradients_of_some_inputs_only():

@@ -312,10 +312,20 @@ def test_an_overlay_file_that_does_not_exist_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("damage", [lambda whole: whole[:-1000], lambda _: b"not safetensors"], ids=["cut", "text"])
-def test_a_damaged_file_is_named(folder, tmp_path, damage):
-    model = timm.create_model("mobilenetv3_small_100_iebn")
-    name = folder(model, damage(save(model.state_dict())))
-    assert_explains(failure(name), RuntimeError, "mobilenetv3_small_100_iebn", tmp_path, "damaged", "fetch it again")
+@pytest.mark.parametrize("name", ["mobilenetv3_small_100_iebn", "resnet20_cifar"])
+def test_a_damaged_file_is_named(folder, tmp_path, name, damage):
+    model = timm.create_model(name)
+    found = failure(folder(model, damage(save(model.state_dict()))))
+    assert_explains(found, RuntimeError, name, tmp_path, "damaged", "fetch it again")
+
+
+@pytest.mark.parametrize("content", ["cut", "text", "empty"])
+@pytest.mark.parametrize("name", ["resnet18_iebn", "resnet20_cifar"])
+def test_a_damaged_pickle_is_named(tmp_path, name, content):
+    path = tmp_path / "weights.pth"
+    torch.save(timm.create_model(name).state_dict(), path)
+    path.write_bytes(dict(cut=path.read_bytes()[:-1000], text=b"hello", empty=b"")[content])
+    assert_explains(failure(name, pretrained_cfg_overlay=dict(file=str(path))), RuntimeError, name, path)
 
 
 def test_a_folder_without_config_is_named(tmp_path):

@@ -8,14 +8,21 @@ from typing import Any
 import timm.layers
 import torch
 import torch.distributed as dist
-from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d
+from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, SyncBatchNormAct
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from .layers import GATE_BIAS_INIT, IEBN2d, IEBNAct2d, SyncBatchNorm2d, SyncBatchNormAct2d
 
-SHORTCUTS = ("*downsample*", "*shortcut*")
+# of timm's ResNet, TResNet, RegNet, byobnet, DLA and DPN blocks, and of torchvision's RegNet
+SHORTCUTS = (
+    *("*.downsample.[1-9]", "*.downsample.[0-9].bn", "*.b[0-9]*.downsample.bn"),
+    *("*.shortcut", "*.shortcut.*", "*.project.1", "*.c1x1_w*", "*.proj.1"),
+)
+
+# the batch norms that are known to compute batch norm and nothing else
+_PLAIN = {nn.BatchNorm2d, BatchNormAct2d, nn.SyncBatchNorm, SyncBatchNormAct, SyncBatchNorm2d, SyncBatchNormAct2d}
 
 # what the state dict of a norm has more than batch norm's
 GATES = ("gate_weight", "gate_bias")
@@ -43,11 +50,12 @@ def _replace(module: nn.Module, swap: Callable[[str, nn.Module], nn.Module | Non
 
 
 def _set_tensors(target: nn.Module, source: nn.Module) -> None:
-    """Moves the parameters and buffers that both norms have, and their mode, from `source` to `target`."""
+    """Moves the parameters and buffers that both norms have, their mode and hooks, from `source` to `target`."""
     for kind in ("_parameters", "_buffers"):
         for key, tensor in getattr(source, kind).items():
             if key in getattr(target, kind):
                 getattr(target, kind)[key] = tensor
+    target.__dict__.update({k: v for k, v in vars(source).items() if "_hook" in k})
     target.train(source.training)
     if hasattr(source, "act"):
         target.drop, target.act = source.drop, source.act
@@ -68,10 +76,12 @@ def convert_bn_to_iebn(
             as before, in training and in eval. Otherwise weights are kept, and outputs shrink: the authors' start
             for training from scratch.
         leave: which batch norms stay: patterns for their qualified names (as in `fnmatch`), or a function of name and
-            layer. By default those of the shortcuts, as in the authors' networks.
+            layer. By default those of the shortcuts, as in the authors' networks, where they have the names of
+            `SHORTCUTS`; say it for blocks that call them otherwise.
 
     Raises:
-        TypeError: a batch norm of a kind that has no IEBN form (frozen or 3-d, for example) is not left out.
+        TypeError: a batch norm of a kind that has no IEBN form (frozen, 3-d or a class of its own, for example) is
+            not left out.
     """
     if callable(leave):
         left_out = leave
@@ -81,6 +91,8 @@ def convert_bn_to_iebn(
         def left_out(name: str, _: nn.Module) -> bool:
             return any(fnmatch(name, pattern) for pattern in patterns)
 
+    scaled: set[Tensor] = set()  # two norms may share a weight
+
     def swap(name: str, norm: nn.Module) -> nn.Module | None:
         if isinstance(norm, IEBN2d):
             return norm
@@ -88,10 +100,11 @@ def convert_bn_to_iebn(
         if not is_norm or isinstance(norm, nn.BatchNorm1d) or left_out(name, norm):
             return None
         synced = isinstance(norm, nn.SyncBatchNorm | SyncBatchNorm2d | SyncBatchNormAct2d)
-        if not synced and not isinstance(norm, nn.BatchNorm2d):
+        if type(norm) not in _PLAIN:
             raise TypeError(f"{name or 'module'} is a {type(norm).__name__}, which has no IEBN form: pass leave=")
         kind = IEBNAct2d if hasattr(norm, "act") else IEBN2d
-        like = next((t for t in (norm.weight, norm.running_mean) if t is not None), torch.empty(0))
+        tensors = (norm.weight, norm.running_mean, *module.parameters())
+        like = next((t for t in tensors if t is not None), torch.empty(0))
         iebn = kind(
             norm.num_features,
             norm.eps,
@@ -107,8 +120,10 @@ def convert_bn_to_iebn(
         if warm_start:
             if iebn.weight is None:
                 raise TypeError(f"{name or 'module'} has no weight to warm start from: pass warm_start=False or leave=")
-            with torch.no_grad():
-                iebn.weight.div_(_neutral_gate())
+            if iebn.weight not in scaled:
+                scaled.add(iebn.weight)
+                with torch.no_grad():
+                    iebn.weight.div_(_neutral_gate())
         return iebn
 
     return _replace(module, swap)
@@ -118,8 +133,8 @@ def convert_iebn_to_bn(module: nn.Module) -> nn.Module:
     """`module` with batch norm in place of IEBN, in place, computing the same function.
 
     Raises:
-        ValueError: some gate depends on its input (`gate_weight` is not 0), so no batch norm equals it. Nothing has
-            been changed then.
+        ValueError: some gate depends on its input (`gate_weight` is not 0), so no batch norm equals it; or norms share
+            a weight and not their gates. Nothing has been changed then.
     """
     learned = [
         name or "module"
@@ -132,6 +147,13 @@ def convert_iebn_to_bn(module: nn.Module) -> nn.Module:
             f"the gates of {shown} depend on their input (gate_weight is not 0), so the network has no equal with "
             "batch norm. Only neutral gates, such as those of a warm start, can be converted."
         )
+
+    gates: dict[Tensor, Tensor] = {}
+    for name, norm in module.named_modules():
+        if isinstance(norm, IEBN2d) and norm.weight is not None:
+            if not torch.equal(gates.setdefault(norm.weight, norm.gate_bias), norm.gate_bias):
+                raise ValueError(f"{name} shares its weight with a norm of another gate_bias: give it one of its own")
+    scaled: set[Tensor] = set()
 
     def swap(_: str, norm: nn.Module) -> nn.Module | None:
         if not isinstance(norm, IEBN2d):
@@ -151,7 +173,9 @@ def convert_iebn_to_bn(module: nn.Module) -> nn.Module:
         with torch.no_grad():
             if norm.weight is None:
                 bn.weight = own_weight
-            bn.weight.mul_(torch.sigmoid(norm.gate_bias))
+            if bn.weight not in scaled:
+                scaled.add(bn.weight)
+                bn.weight.mul_(torch.sigmoid(norm.gate_bias))
         if norm.frozen:
             return timm.layers.freeze_batch_norm_2d(bn)
         return convert_sync_batchnorm(bn, norm.process_group) if norm.sync else bn
@@ -163,15 +187,22 @@ def convert_sync_batchnorm(module: nn.Module, process_group: dist.ProcessGroup |
     """`module` with IEBN and batch norm taking their batch statistics over all ranks of `process_group`, in place.
 
     The counterpart of `torch.nn.SyncBatchNorm.convert_sync_batchnorm` and timm's, which know no gates; unlike theirs,
-    the layers work on CPU as well. In a single process they are plain IEBN and batch norm.
+    the 2-d layers work on CPU as well. In a single process they are plain IEBN and batch norm. 1-d and 3-d batch norms
+    become torch's `SyncBatchNorm`.
+
+    Raises:
+        TypeError: a 2-d batch norm of a class of its own, which would be lost.
     """
 
-    def swap(_: str, norm: nn.Module) -> nn.Module | None:
+    def swap(name: str, norm: nn.Module) -> nn.Module | None:
         if isinstance(norm, IEBN2d):
             norm.sync, norm.process_group = True, process_group
             return norm
         if not isinstance(norm, nn.BatchNorm2d):
-            return None
+            is_other = isinstance(norm, nn.BatchNorm1d | nn.BatchNorm3d)
+            return nn.SyncBatchNorm.convert_sync_batchnorm(norm, process_group) if is_other else None
+        if type(norm) not in _PLAIN:
+            raise TypeError(f"{name or 'module'} is a {type(norm).__name__}, which has no synchronised form")
         kind = SyncBatchNormAct2d if isinstance(norm, BatchNormAct2d) else SyncBatchNorm2d
         synced = kind(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
         _set_tensors(synced, norm)
@@ -181,17 +212,23 @@ def convert_sync_batchnorm(module: nn.Module, process_group: dist.ProcessGroup |
     return _replace(module, swap)
 
 
+def _set_requires_grad(norm: IEBN2d, value: bool) -> IEBN2d:
+    for parameter in norm.parameters(recurse=False):  # not those of an activation
+        parameter.requires_grad_(value)
+    return norm
+
+
 def freeze_batch_norm_2d(module: nn.Module) -> nn.Module:
     """`module` with its IEBN and batch norms frozen, in place, as `timm.layers.freeze_batch_norm_2d` does.
 
     Frozen IEBN keeps its gate and its state dict keys, uses its running statistics in training too, and trains no
-    parameter.
+    parameter. Synchronised norms are no longer so.
     """
 
     def swap(_: str, norm: nn.Module) -> nn.Module | None:
         if isinstance(norm, IEBN2d):
-            norm.frozen = True
-            return norm.requires_grad_(False)
+            norm.frozen, norm.sync, norm.process_group = True, False, None
+            return _set_requires_grad(norm, False)
         return timm.layers.freeze_batch_norm_2d(norm) if isinstance(norm, _BatchNorm) else None
 
     return _replace(module, swap)
@@ -203,7 +240,7 @@ def unfreeze_batch_norm_2d(module: nn.Module) -> nn.Module:
     def swap(_: str, norm: nn.Module) -> nn.Module | None:
         if isinstance(norm, IEBN2d):
             norm.frozen = False
-            return norm.requires_grad_(True)
+            return _set_requires_grad(norm, True)
         is_frozen = isinstance(norm, FrozenBatchNorm2d | FrozenBatchNormAct2d)
         return timm.layers.unfreeze_batch_norm_2d(norm) if is_frozen else None
 

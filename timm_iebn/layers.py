@@ -1,5 +1,6 @@
 """The IEBN layers, and how timm gets to know them by the name `iebn`."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -121,11 +122,15 @@ class IEBN2d(nn.BatchNorm2d):
     ) -> None:
         gates = [prefix + "gate_weight", prefix + "gate_bias"]
         missing = [key for key in gates if key not in state_dict]
-        if missing and any(prefix + name in state_dict for name in ("weight", "bias", "running_mean", *gates)):
+        if missing and any(key.startswith(prefix) for key in state_dict):
             # not left to `strict`: a network that runs with untrained gates looks loaded
             error_msgs.append(
                 f"{' and '.join(missing)} missing: the checkpoint has a norm without a gate here. To start IEBN from "
                 "batch-norm weights, load them into the batch-norm network and call timm_iebn.convert_bn_to_iebn."
+            )
+        elif missing and not strict:  # one text for all layers, so that Python shows it once
+            warnings.warn(
+                "the state dict lacks IEBN layers of this network, whose gates stay as they are", stacklevel=2
             )
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -134,7 +139,11 @@ class IEBN2d(nn.BatchNorm2d):
     def _normalize(self, x: Tensor) -> Tensor:
         training = self.training and not self.frozen
         if torch.jit.is_scripting():
-            check_input(x, self.num_features, training)
+            if training and self.sync:
+                raise RuntimeError(
+                    "a scripted IEBN layer can't be synchronised: script it before convert_sync_batchnorm"
+                )
+            check_input(x, self.num_features, training or self.running_mean is None)
             y = iebn_reference(
                 x,
                 self.weight,
@@ -144,12 +153,17 @@ class IEBN2d(nn.BatchNorm2d):
                 self.running_mean,
                 self.running_var,
                 training,
-                batch_share(self.num_batches_tracked, self.momentum),
+                batch_share(self.num_batches_tracked, self.momentum, training),
                 self._eps,
             )
             if training and self.num_batches_tracked is not None:
                 self.num_batches_tracked.add_(1)
             return y
+        if self.frozen and self.training and self.gate_weight.requires_grad:
+            raise RuntimeError(
+                f"this {type(self).__name__} is frozen, but its gate is set to train: timm_iebn.unfreeze_batch_norm_2d "
+                "unfreezes it (timm's unfreezing knows no IEBN)"
+            )
         return iebn(
             x,
             self.weight,

@@ -7,7 +7,9 @@ every family, whatever each does with `norm_layer`.
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from huggingface_hub import constants
@@ -22,13 +24,17 @@ from timm.models import (
     resolve_pretrained_cfg,
     split_model_name_tag,
 )
+from timm.models.efficientnet import EfficientNetFeatures
 from torch import Tensor, nn
 
 from ..convert import GATES, convert_bn_to_iebn, warm_start_state_dict
+from ..layers import IEBN2d
 
 WARM_START = "warmstart_"  # how tags of batch-norm weights begin
 
 _HTTPError = HfHubHTTPError.__bases__[0]  # of whichever HTTP library huggingface_hub uses
+_DAMAGED = (SafetensorError, UnpicklingError, EOFError, KeyError)  # the last two as torch.load has them
+_LOADING_ERRORS = (OSError, EntryNotFoundError, _HTTPError, RuntimeError, *_DAMAGED)
 
 
 def define_model(module: str, name: str, doc: str, build: Callable[..., nn.Module]) -> None:
@@ -43,20 +49,33 @@ def define_model(module: str, name: str, doc: str, build: Callable[..., nn.Modul
     setattr(sys.modules[module], name, register_model(entrypoint))
 
 
+def build_with_cfg(model_cls: Callable[..., nn.Module], variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    """As timm's `build_model_with_cfg`; where weights can't be loaded, the error says which, from where, and why."""
+    try:
+        return build_model_with_cfg(model_cls, variant, pretrained, **kwargs)
+    except _LOADING_ERRORS as e:
+        if not pretrained:
+            raise
+        cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+        raise _explain(variant, cfg, kwargs.get("cache_dir"), e) from e
+
+
 def define_iebn_twin(module: str, twin: str, feature_cfg: dict[str, Any]) -> None:
     """Registers `{twin}_iebn`. Its cfgs must be in the `default_cfgs` of `module` already."""
     build_twin = model_entrypoint(twin)
 
     def build_gated(**kwargs: Any) -> nn.Module:
-        return convert_bn_to_iebn(build_twin(pretrained=False, **kwargs), warm_start=False)
+        model = convert_bn_to_iebn(build_twin(pretrained=False, **kwargs), warm_start=False)
+        if not any(isinstance(m, IEBN2d) for m in model.modules()):
+            raise ValueError(f"{twin}_iebn with {kwargs} has no batch norm that IEBN could replace")
+        return model
 
     def build(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-        kwargs = dict(feature_cfg=dict(feature_cfg), pretrained_filter_fn=_add_gates) | kwargs
-        try:
-            return build_model_with_cfg(build_gated, variant, pretrained, **kwargs)
-        except (OSError, EntryNotFoundError, _HTTPError, SafetensorError) as e:
-            cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
-            raise _explain(variant, cfg, kwargs.get("cache_dir"), e) from e
+        kwargs = dict(pretrained_filter_fn=_add_gates) | kwargs
+        if "feature_location" in kwargs:  # timm's EfficientNets have a class of their own for it, without a head
+            features = partial(build_gated, features_only=kwargs.pop("features_only", False))
+            return build_with_cfg(features, variant, pretrained, **kwargs, pretrained_strict=False)
+        return build_with_cfg(build_gated, variant, pretrained, **dict(feature_cfg=dict(feature_cfg)) | kwargs)
 
     define_model(
         module, f"{twin}_iebn", f"timm's `{twin}` with IEBN in place of batch norm, shortcuts excepted.", build
@@ -94,7 +113,8 @@ def _check_fit(state_dict: dict[str, Tensor], model: nn.Module) -> None:
         return not any(key.startswith(name) for name in head) and not key.endswith("num_batches_tracked")
 
     lacks = [key for key in own if matters(key) and key not in state_dict]
-    unknown = [key for key in state_dict if matters(key) and key not in own]
+    has_head = not isinstance(model, EfficientNetFeatures)
+    unknown = [key for key in state_dict if has_head and matters(key) and key not in own]
     reshaped = [
         key
         for key in own.keys() & state_dict.keys()
@@ -102,7 +122,10 @@ def _check_fit(state_dict: dict[str, Tensor], model: nn.Module) -> None:
     ]
     gates = [key for key in lacks if key.endswith(GATES)]
     if gates and not unknown:
-        raise RuntimeError(f"it lacks {len(gates)} gate parameters, first {gates[0]!r}. Are they batch norm's?")
+        raise RuntimeError(
+            f"it lacks {len(gates)} gate parameters, first {gates[0]!r}. Are they batch norm's? A warm start takes "
+            "those with pretrained_cfg_overlay=dict(file=...), or from a tag that begins with 'warmstart_'."
+        )
     if lacks or unknown or reshaped:
         raise RuntimeError(
             f"it lacks {len(lacks)} of {len(own)} tensors, has {len(unknown)} unknown ones and {len(reshaped)} of "
@@ -134,11 +157,15 @@ def _explain(variant: str, cfg: PretrainedCfg, cache_dir: str | Path | None, err
     # the client's own message for a cold cache is a general one; what it was raised from says why
     reason = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
     reason = f"{type(reason).__name__}: {' '.join(str(reason).split()) or 'no details'}"
-    if isinstance(error, SafetensorError):
+    where = str(cfg.file or cfg.hf_hub_id)
+    if isinstance(error, _DAMAGED):
         return RuntimeError(
-            f"The weights of {variant} in {cfg.file or cfg.hf_hub_id} can't be read ({reason}). The file is damaged or "
+            f"The weights of {variant} in {where} can't be read ({reason}). The file is damaged or "
             "no safetensors file: fetch it again (for a Hub download, delete it from the cache first)."
         )
+    if isinstance(error, RuntimeError) and not isinstance(error, OSError | EntryNotFoundError | _HTTPError):
+        known = where in str(error) or not (cfg.file or cfg.hf_hub_id)
+        return error if known else RuntimeError(f"The weights of {variant} in {where} can't be loaded: {error}")
     if cfg.file:
         return OSError(f"Can't read the weights of {variant} from {str(cfg.file)!r} ({reason}). Check the path.")
     offline = ", with HF_HUB_OFFLINE set" if constants.HF_HUB_OFFLINE else ""

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from timm.layers import BatchNormAct2d, create_conv2d
-from timm.models import build_model_with_cfg, generate_default_cfgs
+from timm.models import generate_default_cfgs
 from timm.models._efficientnet_builder import decode_arch_def
 from timm.models._features import feature_take_indices
 from timm.models.densenet import DenseNet
@@ -16,7 +16,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from timm.models.resnetv2 import ResNetV2
 from torch import nn
 
-from ._registry import define_iebn_twin, define_model
+from ._registry import build_with_cfg, define_iebn_twin, define_model
 
 
 def _stem(in_chans: int, out_chans: int, device: Any, dtype: Any) -> nn.Conv2d:
@@ -29,10 +29,10 @@ class _FourTaps:
     """Feature taps of a network of a stem and three stages, where timm's classes count on four."""
 
     def forward_intermediates(
-        self, x: torch.Tensor, indices: int | list[int] | None = None, **kwargs: Any
+        self, x: torch.Tensor, indices: int | list[int] | None = None, *args: Any, **kwargs: Any
     ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
         """As timm's."""
-        return super().forward_intermediates(x, feature_take_indices(4, indices)[0], **kwargs)
+        return super().forward_intermediates(x, feature_take_indices(4, indices)[0], *args, **kwargs)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -184,9 +184,7 @@ def _define(name: str) -> None:
     )
 
     def build(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-        return build_model_with_cfg(
-            model_cls, variant, pretrained, **dict(args, feature_cfg=dict(feature_cfg)) | kwargs
-        )
+        return build_with_cfg(model_cls, variant, pretrained, **dict(args, feature_cfg=dict(feature_cfg)) | kwargs)
 
     define_model(__name__, name, f"`{model_cls.__name__}` for 32x32 images, with batch norm.", build)
     define_iebn_twin(__name__, name, feature_cfg)

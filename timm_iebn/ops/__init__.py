@@ -3,6 +3,7 @@
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .eager import iebn_eager
 from .reference import iebn_reference
@@ -10,8 +11,8 @@ from .reference import iebn_reference
 __all__ = ["batch_share", "check_input", "iebn", "iebn_eager", "iebn_reference"]
 
 
-def check_input(x: Tensor, num_features: int, training: bool) -> None:
-    """Raises what `iebn` documents; `training` asks for more than one value per channel."""
+def check_input(x: Tensor, num_features: int, batch: bool) -> None:
+    """Raises what `iebn` documents; statistics of the `batch` ask for more than one value per channel."""
     if x.dim() != 4:
         raise ValueError(f"expected 4D input (N, C, H, W), got {x.dim()}D input of shape {list(x.shape)}")
     if x.shape[1] != num_features:
@@ -20,15 +21,22 @@ def check_input(x: Tensor, num_features: int, training: bool) -> None:
         raise NotImplementedError(
             f"IEBN is not implemented for {x.dtype} input: convert it, for example with x.float()"
         )
-    if training and x.shape[0] * x.shape[2] * x.shape[3] == 1:
+    if batch and x.shape[0] * x.shape[2] * x.shape[3] == 1:
         raise ValueError(f"expected more than 1 value per channel when training, got input of shape {list(x.shape)}")
 
 
-def batch_share(num_batches_tracked: Tensor | None, momentum: float | None) -> float:
-    """The next batch's share in the running statistics."""
+def batch_share(num_batches_tracked: Tensor | None, momentum: float | None, training: bool) -> float:
+    """The batch's share in the running statistics that follow; 0 where they stay."""
     if momentum is not None:
         return momentum
-    return 0.0 if num_batches_tracked is None else 1.0 / (float(num_batches_tracked) + 1.0)
+    if not training or num_batches_tracked is None:
+        return 0.0
+    return 1.0 / (float(num_batches_tracked) + 1.0)
+
+
+def _is_transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work, of which the closed form knows nothing."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def iebn(
@@ -69,12 +77,12 @@ def iebn(
     tracing = torch.jit.is_tracing()  # where sizes are tensors that must not be branched on
     if not tracing:
         # with several ranks one value in each is enough
-        check_input(x, gate_weight.shape[0], training and group is None)
+        check_input(x, gate_weight.shape[0], (training or running_mean is None) and group is None)
     tensors = (x, weight, bias, gate_weight, gate_bias, running_mean, running_var)
     # tensor subclasses (fake, distributed) and meta tensors have no values to look at or memory to keep
     symbolic = tracing or torch.compiler.is_compiling() or type(x) is not Tensor or x.is_meta
-    share = batch_share(num_batches_tracked, momentum)
-    if group is None and (symbolic or torch._C._are_functorch_transforms_active()):
+    share = batch_share(num_batches_tracked, momentum, training)
+    if group is None and (symbolic or _is_transformed()):
         y = iebn_reference(*tensors, training, share, eps)
     else:
         y = iebn_eager(*tensors, training, share, eps, group)

@@ -49,6 +49,7 @@ def supports(x: Tensor) -> bool:
     return (
         library is not None
         and x.is_cpu
+        and x.layout == torch.strided
         and (x.dtype == torch.float32 or x.dtype == torch.bfloat16)
         and (x.is_contiguous() or _is_channels_last(x))
         and torch._C._len_torch_dispatch_stack() == 0

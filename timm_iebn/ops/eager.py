@@ -112,7 +112,8 @@ def iebn_eager(
             mean_NC, mean, var = (None if t is None else torch.zeros_like(t) for t in (mean_NC, mean, var))
         count = x.numel() // x.shape[1] if batch else 0
         if not batch:
-            mean, var = running_mean.to(dtype), running_var.to(dtype)
+            # copies: what backward reads must be dense, and not move with the running statistics
+            mean, var = (t.to(dtype, copy=True) for t in (running_mean, running_var))
         elif group is not None:
             mean, var, count = _merge(mean, var, count, group)
         if batch and running_mean is not None and (group is not None or x.numel()):

@@ -48,7 +48,8 @@ def iebn_reference(
         var = (centered * centered).mean(dim=(0, 2, 3))
         if running_mean is not None and running_var is not None:
             count = x.shape[0] * x.shape[2] * x.shape[3]
-            update_running(running_mean, running_var, mean, var * (count / (count - 1)), momentum)
+            if torch.jit.is_tracing() or count > 0:  # an empty batch moves nothing
+                update_running(running_mean, running_var, mean, var * (count / (count - 1)), momentum)
     else:
         mean, var = running_mean.to(dtype), running_var.to(dtype)
         centered = wide - mean[:, None, None]
