@@ -1,5 +1,7 @@
 """Batch norm to IEBN and back, synchronised, frozen, and from the authors' checkpoints."""
 
+import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
@@ -23,6 +25,8 @@ SHORTCUTS = (
 
 # the batch norms that are known to compute batch norm and nothing else
 _PLAIN = {nn.BatchNorm2d, BatchNormAct2d, nn.SyncBatchNorm, SyncBatchNormAct, SyncBatchNorm2d, SyncBatchNormAct2d}
+
+_NEUTRAL_GATE = 1 / (1 + math.exp(-GATE_BIAS_INIT))
 
 # what the state dict of a norm has more than batch norm's
 GATES = ("gate_weight", "gate_bias")
@@ -59,10 +63,6 @@ def _set_tensors(target: nn.Module, source: nn.Module) -> None:
     target.train(source.training)
     if hasattr(source, "act"):
         target.drop, target.act = source.drop, source.act
-
-
-def _neutral_gate() -> float:
-    return torch.sigmoid(torch.tensor(GATE_BIAS_INIT, dtype=torch.float64)).item()
 
 
 def convert_bn_to_iebn(
@@ -123,7 +123,7 @@ def convert_bn_to_iebn(
             if iebn.weight not in scaled:
                 scaled.add(iebn.weight)
                 with torch.no_grad():
-                    iebn.weight.div_(_neutral_gate())
+                    iebn.weight.div_(_NEUTRAL_GATE)
         return iebn
 
     return _replace(module, swap)
@@ -265,7 +265,7 @@ def warm_start_state_dict(state_dict: Mapping[str, Tensor], model: nn.Module) ->
     out = dict(state_dict)
     for name in norms:
         weight = out[f"{name}.weight"]
-        out[f"{name}.weight"] = weight / _neutral_gate()
+        out[f"{name}.weight"] = weight / _NEUTRAL_GATE
         out[f"{name}.gate_weight"] = torch.zeros_like(weight)
         out[f"{name}.gate_bias"] = torch.full_like(weight, GATE_BIAS_INIT)
     return out
@@ -305,7 +305,9 @@ def load_authors_checkpoint(model: nn.Module, path: str | Path) -> nn.Module:
             tensor.flatten() if has_gate and is_norm_vector else tensor
         )
     try:
-        model.load_state_dict(converted)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is an error here
+            model.load_state_dict(converted)
     except RuntimeError as e:
         raise RuntimeError(f"{path} does not fit {type(model).__name__}: {e}") from e
     return model

@@ -128,7 +128,7 @@ class IEBN2d(nn.BatchNorm2d):
                 f"{' and '.join(missing)} missing: the checkpoint has a norm without a gate here. To start IEBN from "
                 "batch-norm weights, load them into the batch-norm network and call timm_iebn.convert_bn_to_iebn."
             )
-        elif missing and not strict:  # one text for all layers, so that Python shows it once
+        elif missing:  # one text for all layers, so that Python shows it once; `strict` is always true here
             warnings.warn(
                 "the state dict lacks IEBN layers of this network, whose gates stay as they are", stacklevel=2
             )
@@ -140,9 +140,7 @@ class IEBN2d(nn.BatchNorm2d):
         training = self.training and not self.frozen
         if torch.jit.is_scripting():
             if training and self.sync:
-                raise RuntimeError(
-                    "a scripted IEBN layer can't be synchronised: script it before convert_sync_batchnorm"
-                )
+                raise RuntimeError("scripted IEBN can't be synchronised: train it unscripted, in eval it scripts")
             check_input(x, self.num_features, training or self.running_mean is None)
             y = iebn_reference(
                 x,

@@ -285,6 +285,8 @@ void choose(int bf16, Run run) {
 
 extern "C" {
 
+extern const int iebn_interface = 1;  // cpu.py asks for it: a library of other arguments must not be called
+
 void iebn_statistics(long n, long c, long hw, int channels_last, int bf16, int threads, const void* x, float* mean_nc,
                      float* mean, float* var) {
     const Shape s{n, c, hw, bool(channels_last), threads};

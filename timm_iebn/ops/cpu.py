@@ -8,11 +8,13 @@ operations. The arguments and results are those of `passes`.
 import ctypes
 import importlib.util
 import platform
+import warnings
 from ctypes import c_double, c_int, c_long, c_void_p
 
 import torch  # before the library, so that both use one pool of threads
 from torch import Tensor
 
+_INTERFACE = 1  # of `_cpu.cpp`; both change when arguments do
 _SHAPE = [c_long] * 3 + [c_int] * 3
 _ARGUMENTS = {
     "statistics": [c_void_p] * 4,
@@ -29,7 +31,10 @@ def _load() -> ctypes.CDLL | None:
         return None
     try:
         library = ctypes.CDLL(spec.origin)
-    except OSError:
+        if c_int.in_dll(library, "iebn_interface").value != _INTERFACE:
+            raise ValueError
+    except (OSError, ValueError):  # ValueError: no such name
+        warnings.warn(f"{spec.origin} is of another version and not used: install timm-iebn again", stacklevel=2)
         return None
     for name, arguments in _ARGUMENTS.items():
         function = getattr(library, f"iebn_{name}")
