@@ -275,6 +275,8 @@ def test_a_finished_run_is_only_reported(uninterrupted, tmp_path):
     before = weights(uninterrupted)
     result = run("--output", uninterrupted, "--resume", *RICH, cwd=tmp_path)
     assert result.returncode == 0 and "top-1" in result.stdout and weights(uninterrupted) == before
+    result = run("--output", uninterrupted, "--resume", *RICH, "seed=5", cwd=tmp_path)
+    assert result.returncode == 2 and "started with another recipe (seed: 0 became 5)" in result.stderr
 
 
 # ---- what a recipe can ask for

@@ -353,9 +353,13 @@ def _check_output(recipe: Recipe, output: Path, folder: Path, resume: bool) -> N
     if not resume:
         raise RecipeError(f"output: {folder} holds an unfinished run; --resume goes on with it, or move it away")
     if (folder / "recipe.yaml").exists():
-        before, now = asdict(load_recipe(folder / "recipe.yaml")), asdict(recipe)
-        if changed := [f"{k}: {before[k]!r} became {now[k]!r}" for k in now if before[k] != now[k]]:
-            raise RecipeError(f"resume: {folder} was started with another recipe ({'; '.join(changed)})")
+        _check_same_recipe(recipe, folder)
+
+
+def _check_same_recipe(recipe: Recipe, folder: Path) -> None:
+    before, now = asdict(load_recipe(folder / "recipe.yaml")), asdict(recipe)
+    if changed := [f"{k}: {before[k]!r} became {now[k]!r}" for k in now if before[k] != now[k]]:
+        raise RecipeError(f"resume: {folder} was started with another recipe ({'; '.join(changed)})")
 
 
 def train(
@@ -386,6 +390,7 @@ def train(
     """
     output = Path(output)
     if resume and (output / "log.csv").exists():
+        _check_same_recipe(recipe, output)
         return read_log(output / "log.csv")[-1]
     trainer = Trainer(recipe, output, resume, data_dir, workers, checkpoint_updates, trackers)
     signals = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
