@@ -7,8 +7,8 @@ from timm.models import generate_default_cfgs
 
 from ._registry import define_iebn_twin, warm_start_cfgs
 
-# timm's network -> the tag of the weights to start from. It is timm's own default, except where that one is
-# torchvision's first recipe and its second is there (tv2), or may not be used commercially (resnext101_32x4d).
+# timm's network -> the tag of the weights to start from: of those under a free licence, the best in timm's
+# results/results-imagenet.csv at the input size of their own cfg.
 _RESNETS = {
     "resnet18": "a1_in1k",
     "resnet26": "bt_in1k",
@@ -16,13 +16,13 @@ _RESNETS = {
     "resnet50": "a1_in1k",
     "resnet101": "a1h_in1k",
     "resnet152": "a1h_in1k",
-    "resnet50d": "ra2_in1k",
+    "resnet50d": "ra4_e3600_r224_in1k",
     "wide_resnet50_2": "racm_in1k",
     "wide_resnet101_2": "tv2_in1k",
     "resnext50_32x4d": "a1h_in1k",
     "resnext101_32x4d": "gluon_in1k",
     "resnext101_32x8d": "tv2_in1k",
-    "resnext101_64x4d": "c1_in1k",
+    "resnext101_64x4d": "tv_in1k",
 }
 _MOBILENETS = {
     "mobilenetv1_100": "ra4_e3600_r224_in1k",
@@ -30,7 +30,7 @@ _MOBILENETS = {
     "mobilenetv2_100": "ra_in1k",
     "mobilenetv2_140": "ra_in1k",
     "mobilenetv3_small_100": "lamb_in1k",
-    "mobilenetv3_large_100": "ra_in1k",
+    "mobilenetv3_large_100": "miil_in21k_ft_in1k",
     "mobilenetv4_conv_small": "e2400_r224_in1k",
     "mobilenetv4_conv_medium": "e500_r256_in1k",
     "mobilenetv4_conv_large": "e600_r384_in1k",
