@@ -4,7 +4,7 @@
 #   scripts/reproduce.sh                                    one after the other
 #   JOBS=4 scripts/reproduce.sh precision=bf16              four side by side on one card, with a change to the recipe
 #   DATA_DIR=/data/cifar100 scripts/reproduce.sh            with a copy of the data in place of the Hub's
-#   MODELS="resnet20_cifar" SEEDS=0 scripts/reproduce.sh epochs=1 milestones=[1]     one short pass
+#   MODELS="resnet20_cifar" SEEDS=0 scripts/reproduce.sh epochs=1 milestones=[]     one short pass
 #
 # Finished runs are left alone, so that the same command goes on after a stop. Results: output/ARCH.TAG/, progress:
 # output/ARCH-seedN.log.

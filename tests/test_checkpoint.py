@@ -18,6 +18,7 @@ def draw_state():
             state={0: dict(step=5, buffer=torch.randn(2).bfloat16())}, param_groups=[dict(betas=(0.9, 0.99))]
         ),
         flags=torch.tensor([True, False]),
+        kinds=(torch.bfloat16, [(1, torch.ones(2)), ()]),
     )
 
 

@@ -1,3 +1,5 @@
+import tarfile
+
 import datasets
 import numpy as np
 import pytest
@@ -226,3 +228,36 @@ def test_unreadable_data_is_named(data, data_dir):
 def test_an_impossible_batch_size_is_refused(changes, ranks, message):
     with pytest.raises(RecipeError, match=message):
         MemoryLoader(numbered(64), share(0, ranks), recipe(**changes))
+
+
+def image_folder(root, *splits):
+    for split in splits:
+        for i, name in enumerate(("ant", "bee")):
+            (root / split / name).mkdir(parents=True)
+            for j in range(2):
+                Image.new("RGB", (8, 8), (i, j, len(split))).save(root / split / name / f"{j}.png")
+
+
+def test_a_folder_without_the_split_is_not_taken_for_it(tmp_path):
+    image_folder(tmp_path, "train", "val")
+    with pytest.raises(RecipeError, match=r"no folder 'test' in .*\['train', 'val'\].*test_split"):
+        open_data(recipe(data="folder"), str(tmp_path))
+    train, test, classes = open_data(recipe(data="folder", test_split="val"), str(tmp_path))
+    assert (len(train), len(test), classes) == (4, 4, ["ant", "bee"])
+
+
+@pytest.mark.parametrize("loader", ["memory", "timm"])
+def test_tars_have_the_class_names_of_their_folders(tmp_path, loader):
+    image_folder(tmp_path, "train", "test")
+    for split in ("train", "test"):
+        with tarfile.open(tmp_path / f"{split}.tar", "w") as tar:
+            tar.add(tmp_path / split, ".")
+    train, test, classes = open_data(recipe(data="folder", loader=loader), str(tmp_path / "{split}.tar"))
+    assert (len(train), len(test), classes) == (4, 4, ["ant", "bee"])
+    with pytest.raises(RecipeError, match="no folder 'train'"):
+        open_data(recipe(data="folder", loader=loader), str(tmp_path / "train.tar"))
+
+
+def test_a_misspelt_split_of_torchvision_is_not_taken_for_the_test_split(tmp_path):
+    with pytest.raises(RecipeError, match="'torch/mnist' has no split 'trian'"):
+        open_data(recipe(data="torch/mnist", train_split="trian"), str(tmp_path))

@@ -63,3 +63,22 @@ def test_a_missing_file_is_named(tmp_path):
 def test_the_defaults_are_the_authors():
     recipe = Recipe(model="resnet164_cifar_iebn", data="hfds/uoft-cs/cifar100")
     assert (recipe.epochs, recipe.milestones, recipe.lr, recipe.weight_decay) == (164, (81, 122), 0.1, 1e-4)
+
+
+def test_precision_no_is_a_word_and_not_false(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model: m\ndata: digits\nprecision: no\n")
+    assert load_recipe(path).precision == load_recipe(path, ["precision=no"]).precision == "no"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(epochs=60), "milestones: epoch 122 is not within the 60 epochs"),
+        (dict(milestones=(3, 3)), r"milestones: \[3, 3\] names an epoch twice"),
+        (dict(seed=-1), "seed: must be between 0 and"),
+    ],
+)
+def test_values_that_could_not_do_what_they_say_are_refused(changes, message):
+    with pytest.raises(RecipeError, match=message):
+        Recipe(model="m", data="digits", **changes)

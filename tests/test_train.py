@@ -17,7 +17,8 @@ import torch
 from accelerate.utils import set_seed
 
 from timm_iebn.checkpoint import read_checkpoint
-from timm_iebn.recipe import load_recipe
+from timm_iebn.recipe import Recipe, load_recipe
+from timm_iebn.train import Trainer, TrainingError
 from timm_iebn.zoo import read_log, save_weights
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -252,7 +253,7 @@ def test_processes_asked_to_stop_stop_together_and_go_on(tmp_path):
 
 def test_an_unfinished_run_is_neither_overwritten_nor_changed(tmp_path):
     folder = tmp_path / "out"
-    args = ["--output", folder, *SHORT, "sched=multistep", "lr=1e30"]
+    args = ["--output", folder, *SHORT, "sched=multistep", "milestones=[1]", "lr=1e30"]
     failed = run(*args, cwd=tmp_path)
     assert failed.returncode == 1 and "the loss is not finite at epoch 1, batch" in failed.stderr
     assert "learning rate 1e+30" in failed.stderr and "no checkpoint yet" in failed.stderr
@@ -264,7 +265,7 @@ def test_an_unfinished_run_is_neither_overwritten_nor_changed(tmp_path):
 
 def test_a_loss_that_bursts_names_the_last_good_checkpoint(tmp_path):
     folder = tmp_path / "out"
-    args = ["--output", folder, "--checkpoint-updates", "1", *SHORT, "sched=multistep", "lr=1e30"]
+    args = ["--output", folder, "--checkpoint-updates", "1", *SHORT, "sched=multistep", "milestones=[1]", "lr=1e30"]
     result = run(*args, "warmup_epochs=1", cwd=tmp_path)
     assert result.returncode == 1 and "the last good checkpoint is " in result.stderr
     (named,) = [word.rstrip(".") for word in result.stderr.split() if word.rstrip(".").endswith(".safetensors")]
@@ -301,7 +302,7 @@ def test_what_a_recipe_asks_for_trains_and_loads(wanted, tmp_path):
     folder = tmp_path / "out"
     result = run("--output", folder, "--track", "tensorboard", *SHORT, *wanted, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert [float(r["train_loss"]) < 3 for r in log(folder)]
+    assert all(float(r["train_loss"]) < 5 for r in log(folder))
     timm.create_model(f"local-dir:{folder}", pretrained=True)
     assert list(folder.with_name("out.run").rglob("events.out.tfevents.*"))
 
@@ -324,3 +325,37 @@ def test_channels_last_weights_save_and_load(tmp_path):
     save_weights(model, tmp_path / "model.safetensors")
     for name, tensor in safetensors.torch.load_file(tmp_path / "model.safetensors").items():
         assert torch.equal(tensor, model.state_dict()[name])
+
+
+def test_the_learning_rate_falls_with_the_first_batch_of_its_epoch(tmp_path):
+    recipe = Recipe(model="resnet20_cifar", data="digits", epochs=4, batch_size=700, milestones=(1, 3), lr=0.5)
+    trainer = Trainer(recipe, tmp_path / "out")
+    rates = []
+    for update in range(4 * trainer.updates_per_epoch):
+        trainer.scheduler.step_update(update)
+        rates.append(round(trainer.lr, 9))
+    assert rates == [0.5] * 2 + [0.05] * 4 + [0.005] * 2
+
+
+@pytest.mark.parametrize("opt", ["lamb", "adafactorbv"])
+def test_optimizers_with_a_state_of_their_own_go_on_to_the_same_bits(opt, tmp_path):
+    recipe = Recipe(model="resnet20_cifar", data="digits", epochs=3, batch_size=700, milestones=(), lr=0.001, opt=opt)
+    whole, cut = (Trainer(recipe, tmp_path / name) for name in ("whole", "cut"))
+    whole.train_epoch()
+    cut.train_epoch()
+    cut._save()
+    resumed = Trainer(recipe, tmp_path / "cut", resume=True)
+    for trainer in (whole, resumed):
+        trainer.epoch, trainer.step = 1, 0
+        trainer.train_epoch()
+    for key, value in whole.net.state_dict().items():
+        assert torch.equal(resumed.net.state_dict()[key], value), key
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    trainer = Trainer(Recipe(model="resnet20_cifar", data="digits"), tmp_path / "out")
+    with torch.no_grad():
+        trainer.net.conv1.weight[0] = float("nan")
+    with pytest.raises(TrainingError, match="weights are not finite.*no checkpoint yet"):
+        trainer._save()
+    assert not list((tmp_path / "out.run").glob("*.safetensors"))

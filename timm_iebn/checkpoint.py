@@ -30,8 +30,10 @@ def _flatten(tree: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
         return {"tensor": path}
     if isinstance(tree, dict):  # as pairs, because JSON's keys are strings only
         return {"dict": [[k, _flatten(v, tensors, f"{path}.{k}" if path else str(k))] for k, v in tree.items()]}
+    if isinstance(tree, torch.dtype):
+        return {"dtype": str(tree).removeprefix("torch.")}
     if isinstance(tree, list | tuple):
-        return {"list": [_flatten(v, tensors, f"{path}.{i}") for i, v in enumerate(tree)]}
+        return {type(tree).__name__: [_flatten(v, tensors, f"{path}.{i}") for i, v in enumerate(tree)]}
     return tree
 
 
@@ -43,7 +45,10 @@ def _unflatten(node: Any, tensors: dict[str, Tensor]) -> Any:
         return tensors[value]
     if kind == "dict":
         return {k: _unflatten(v, tensors) for k, v in value}
-    return [_unflatten(v, tensors) for v in value]
+    if kind == "dtype":
+        return getattr(torch, value)
+    items = [_unflatten(v, tensors) for v in value]
+    return tuple(items) if kind == "tuple" else items
 
 
 def _digest(tree: str, tensors: dict[str, Tensor]) -> str:

@@ -24,6 +24,7 @@ from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip
 from .recipe import Recipe, RecipeError
 
 TEST_BATCH = 500
+_TORCH_SPLITS = ("train", "training", "test", "val", "valid", "validation", "eval", "evaluation")
 _IMAGE, _LABEL = ("image", "img"), ("label", "fine_label")
 
 
@@ -60,8 +61,19 @@ def open_split(recipe: Recipe, split: str, data_dir: str = "") -> tuple[Dataset,
     if kind not in ("hfds", "torch", "folder") or bool(name) == (kind == "folder"):
         raise RecipeError(f"data: expected 'digits', 'hfds/NAME', 'torch/NAME' or 'folder', got {recipe.data!r}")
     root = data_dir.replace("{split}", split)
+    if kind == "torch" and split not in _TORCH_SPLITS:  # timm takes any other name for the test split
+        raise RecipeError(f"data: {recipe.data!r} has no split {split!r}: choose of {', '.join(_TORCH_SPLITS)}")
     if (root or kind != "hfds") and not Path(root).exists():
         raise RecipeError(f"data: {recipe.data!r} needs --data-dir with an existing folder or .tar file, got {root!r}")
+    if kind == "folder" and "{split}" not in data_dir:
+        # timm would look through all of it, other splits included
+        if not Path(root, split).is_dir():
+            found = [p.name for p in sorted(Path(root).iterdir()) if p.is_dir()] if Path(root).is_dir() else []
+            raise RecipeError(
+                f"data: no folder {split!r} in {root} (there are: {found}); set train_split and test_split, or write "
+                "{split} into --data-dir"
+            )
+        root = str(Path(root, split))
     try:
         if kind == "hfds":
             keys = _hfds_keys(root or name, split)
@@ -71,8 +83,10 @@ def open_split(recipe: Recipe, split: str, data_dir: str = "") -> tuple[Dataset,
     except (OSError, ValueError, RuntimeError, AssertionError) as e:
         where = f" in {root}" if root else ""
         raise RecipeError(f"data: can't load split {split!r} of {recipe.data!r}{where}: {e}") from e
-    index = getattr(getattr(dataset, "reader", dataset), "class_to_idx", None) or {}
-    return dataset, [str(name) for name in sorted(index, key=index.get)]
+    source = getattr(dataset, "reader", dataset)
+    index = getattr(source, "class_to_idx", None) or getattr(source, "class_name_to_idx", None) or {}
+    names = {i: str(name) for name, i in reversed(index.items())}  # the first one where a class has several
+    return dataset, [names[i] for i in sorted(names)]
 
 
 def _hfds_keys(name: str, split: str) -> dict[str, str]:
@@ -316,6 +330,8 @@ def open_data(recipe: Recipe, data_dir: str = "") -> tuple[Images | Dataset, Ima
         (train, classes), (test, test_classes) = (
             open_split(recipe, split, data_dir) for split in (recipe.train_split, recipe.test_split)
         )
+    if len(classes) < 2:
+        raise RecipeError(f"data: {recipe.data!r} does not say what its classes are (found {classes})")
     if classes != test_classes:
         odd = sorted(set(classes) ^ set(test_classes))[:5]
         raise RecipeError(f"data: training and test split of {recipe.data!r} do not have the same classes: {odd}")

@@ -71,6 +71,9 @@ class Recipe:
     def __post_init__(self) -> None:
         for f in fields(self):
             value = getattr(self, f.name)
+            if f.name == "precision" and value is False:  # YAML reads no as false
+                value = "no"
+                object.__setattr__(self, f.name, value)
             kind = get_origin(f.type) or f.type
             if kind is float and type(value) in (int, str) and _is_number(value):  # YAML reads 1e-3 as text
                 object.__setattr__(self, f.name, float(value))
@@ -92,6 +95,12 @@ class Recipe:
                 raise RecipeError(f"{name}: must not be negative, got {getattr(self, name)!r}")
         if not all(type(m) is int and m > 0 for m in self.milestones) or sorted(self.milestones) != [*self.milestones]:
             raise RecipeError(f"milestones: expected epochs in order, got {list(self.milestones)!r}")
+        if len(set(self.milestones)) < len(self.milestones):
+            raise RecipeError(f"milestones: {list(self.milestones)} names an epoch twice")
+        if self.sched == "multistep" and self.milestones and self.milestones[-1] >= self.epochs:
+            raise RecipeError(f"milestones: epoch {self.milestones[-1]} is not within the {self.epochs} epochs")
+        if not 0 <= self.seed < 2**32:
+            raise RecipeError(f"seed: must be between 0 and 2**32 - 1, got {self.seed}")
         if self.warmup_epochs > self.epochs:
             raise RecipeError(f"warmup_epochs: {self.warmup_epochs} are more than the {self.epochs} epochs")
         if self.loader == "memory" and (self.auto_augment or self.crop != "pad"):

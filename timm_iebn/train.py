@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -25,7 +26,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .checkpoint import load_latest, save_checkpoint, write_atomically
+from .checkpoint import CheckpointError, load_latest, save_checkpoint, write_atomically
 from .convert import convert_sync_batchnorm
 from .data import Images, open_data, seed_everything
 from .evaluate import evaluate, make_loader, make_share
@@ -94,6 +95,8 @@ class Trainer:
             raise RecipeError(
                 f"accelerate: {self.accelerator.distributed_type.value} is not supported: use plain processes"
             )
+        if recipe.precision == "fp16" and self.accelerator.device.type == "cpu":
+            raise RecipeError("precision: 'fp16' needs a GPU: use bf16 or no")
         set_seed(recipe.seed)
         self._build(data_dir, workers)
         if self.accelerator.is_main_process:
@@ -166,7 +169,8 @@ class Trainer:
             optimizer,
             sched=recipe.sched,
             num_epochs=recipe.epochs,
-            decay_milestones=recipe.milestones,
+            # timm lets an epoch's last update have the next one's rate; half an update later is right
+            decay_milestones=[m + 0.5 / max(1, self.updates_per_epoch) for m in recipe.milestones],
             warmup_epochs=recipe.warmup_epochs,
             warmup_lr=recipe.lr / 10,
             min_lr=recipe.min_lr,
@@ -189,6 +193,10 @@ class Trainer:
 
     def _save(self) -> None:
         self._check_finite()
+        if not all(t.isfinite().all() for t in self.net.state_dict().values() if t.is_floating_point()):
+            raise TrainingError(
+                f"weights are not finite after epoch {self.epoch + 1}, batch {self.step}; {self._left()}"
+            )
         # the sums of all processes; each keeps its own, so that they are added once
         sums = self.accelerator.reduce(self.sums[:3].clone())
         if not self.accelerator.is_main_process:
@@ -217,6 +225,10 @@ class Trainer:
             console.print(f"going on from {self.last_checkpoint}, epoch {self.epoch + 1}, batch {self.step}")
         self.net.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for parameter, values in self.optimizer.optimizer.state.items():
+            for key, value in values.items():  # in the parameter's layout, or sums would go in another order
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    values[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         if state["scaler"] and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         if self.ema:
@@ -224,13 +236,14 @@ class Trainer:
 
     def _check_finite(self) -> None:
         if math.isfinite(bad := self.sums[3].item()):
-            left = (
-                f"the last good checkpoint is {self.last_checkpoint}" if self.last_checkpoint else "no checkpoint yet"
-            )
             raise TrainingError(
                 f"the loss is not finite at epoch {self.epoch + 1}, batch {int(bad) + 1}, learning rate {self.lr:.6g}; "
-                f"{left}. Lower lr, add warmup_epochs or clip_grad, or use precision: no."
+                f"{self._left()}"
             )
+
+    def _left(self) -> str:
+        left = f"the last good checkpoint is {self.last_checkpoint}" if self.last_checkpoint else "no checkpoint yet"
+        return f"{left}. Lower lr, add warmup_epochs or clip_grad, or use precision: no, in a run of its own."
 
     # ---- signals
 
@@ -310,8 +323,13 @@ class Trainer:
                 row |= dict(train_loss=loss_sum / seen, train_top1=100 * correct / seen)
                 row |= evaluate(self.ema.module if self.ema else self.net, self.test_loader, accelerator)
                 row |= dict(images_per_second=images / seconds, seconds=time.perf_counter() - started)
-                self.rows.append(row)
                 self._check_finite()
+                if not math.isfinite(row["test_loss"]):
+                    raise TrainingError(
+                        f"the test loss is not finite after epoch {self.epoch + 1}, learning rate {lr:.6g}; "
+                        f"{self._left()}"
+                    )
+                self.rows.append(row)
                 self.epoch, self.step, self.sums = self.epoch + 1, 0, self._zeros()
                 self._report(row)
                 self._save()
@@ -338,7 +356,13 @@ class Trainer:
 
     def _finish(self) -> None:
         net = self.ema.module if self.ema else self.net
-        save_model_folder(net, self.output, self.recipe, self.rows, self.classes, self.data_config)
+        try:
+            save_model_folder(net, self.output, self.recipe, self.rows, self.classes, self.data_config)
+        except (OSError, SafetensorError) as e:
+            shutil.rmtree(self.output.with_name(self.output.name + ".partial"), ignore_errors=True)
+            raise CheckpointError(
+                f"can't write {self.output}: {e}; the run is done, {self.last_checkpoint} is whole: --resume writes it"
+            ) from e
         for path in self.folder.glob("*.safetensors"):
             path.unlink()
         if {p.name for p in self.folder.iterdir()} <= {"recipe.yaml", "log.csv"}:  # nothing that the output lacks

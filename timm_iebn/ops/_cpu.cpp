@@ -142,6 +142,10 @@ struct Shape {
         if (channels_last) {
             const long start = image * hw * c;
             if (end - begin == GROUP) return body(Strip<GROUP / LANES, true>{start + begin, hw, c, begin, LANES, true});
+            if (begin + 2 * LANES <= end) {
+                body(Strip<2, true>{start + begin, hw, c, begin, LANES, true});
+                begin += 2 * LANES;
+            }
             for (; begin + LANES <= end; begin += LANES) body(Strip<1, true>{start + begin, hw, c, begin, LANES, true});
             if (begin < end) body(Strip<1, false>{start + begin, hw, c, begin, int(end - begin), true});
         } else {
@@ -179,6 +183,7 @@ void statistics(const Shape& s, const T* x, float* mean_nc, float* mean, float* 
         for (long c = 0; c < s.c; ++c) mean_c[c] += mean_nc[n * s.c + c];
     for (long c = 0; c < s.c; ++c) mean[c] = mean_c[c] /= s.n;
     for (long n = 0; n < s.n; ++n)
+#pragma GCC ivdep
         for (long c = 0; c < s.c; ++c) {
             const double d = mean_nc[n * s.c + c] - mean_c[c];
             deviation_c[c] += deviation_nc[n * s.c + c] + s.hw * d * d;
@@ -234,6 +239,7 @@ void reduce(const Shape& s, const T* g, const T* x, const float* mean_nc, const 
     std::vector<float> inv(s.c);
     for (long c = 0; c < s.c; ++c) inv[c] = 1 / std::sqrt(var[c] + float(eps));
     for (long n = 0; n < s.n; ++n)
+#pragma GCC ivdep
         for (long c = 0; c < s.c; ++c) {
             const long i = n * s.c + c;
             const float P = sum_nc[i], Q = dz_nc[i] * inv[c], gate = gate_nc[i];
