@@ -153,7 +153,7 @@ def test_two_processes_train_to_the_weights_of_one(tmp_path):
     set_seed(0)
     start = timm.create_model("resnet20_cifar_iebn", num_classes=10, in_chans=1)
     moved = (vectors[0] - torch.nn.utils.parameters_to_vector(start.parameters())).norm()
-    assert (vectors[1] - vectors[0]).norm() < 0.05 * moved
+    assert (vectors[1] - vectors[0]).norm() < 0.02 * moved  # 0.002 as a rule, 0.055 without synchronised norms
     assert rows[1]["train_loss"] == pytest.approx(rows[0]["train_loss"], rel=1e-4)
     assert rows[1]["train_top1"] == pytest.approx(rows[0]["train_top1"], abs=0.2)
 

@@ -95,7 +95,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
     path = folder / f"{step:09d}.safetensors"
     write_atomically(path, safetensors.torch.save(tensors, metadata))
     for old in sorted(folder.glob("*.safetensors"))[:-KEPT]:
-        old.unlink()
+        old.unlink(missing_ok=True)
     return path
 
 
