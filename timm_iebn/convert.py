@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatch
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def convert_bn_to_iebn(
         if type(norm) not in _PLAIN:
             raise TypeError(f"{name or 'module'} is a {type(norm).__name__}, which has no IEBN form: pass leave=")
         kind = IEBNAct2d if hasattr(norm, "act") else IEBN2d
-        tensors = (norm.weight, norm.running_mean, *module.parameters())
+        tensors = chain((norm.weight, norm.running_mean), module.parameters())
         like = next((t for t in tensors if t is not None), torch.empty(0))
         iebn = kind(
             norm.num_features,

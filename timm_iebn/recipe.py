@@ -71,12 +71,11 @@ class Recipe:
     def __post_init__(self) -> None:
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.name == "precision" and value is False:  # YAML reads no as false
-                value = "no"
-                object.__setattr__(self, f.name, value)
             kind = get_origin(f.type) or f.type
             if kind is float and type(value) in (int, str) and _is_number(value):  # YAML reads 1e-3 as text
                 object.__setattr__(self, f.name, float(value))
+            elif f.name == "precision" and value is False:  # YAML reads no as false
+                object.__setattr__(self, f.name, "no")
             elif kind is tuple and isinstance(value, list):
                 object.__setattr__(self, f.name, tuple(value))
             elif type(value) is not kind:

@@ -170,7 +170,7 @@ class Trainer:
             sched=recipe.sched,
             num_epochs=recipe.epochs,
             # timm lets an epoch's last update have the next one's rate; half an update later is right
-            decay_milestones=[m + 0.5 / max(1, self.updates_per_epoch) for m in recipe.milestones],
+            decay_milestones=[m + 0.5 / self.updates_per_epoch for m in recipe.milestones],
             warmup_epochs=recipe.warmup_epochs,
             warmup_lr=recipe.lr / 10,
             min_lr=recipe.min_lr,

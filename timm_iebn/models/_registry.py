@@ -163,7 +163,7 @@ def _explain(variant: str, cfg: PretrainedCfg, cache_dir: str | Path | None, err
             f"The weights of {variant} in {where} can't be read ({reason}). The file is damaged or "
             "no safetensors file: fetch it again (for a Hub download, delete it from the cache first)."
         )
-    if isinstance(error, RuntimeError) and not isinstance(error, OSError | EntryNotFoundError | _HTTPError):
+    if isinstance(error, RuntimeError):
         known = where in str(error) or not (cfg.file or cfg.hf_hub_id)
         return error if known else RuntimeError(f"The weights of {variant} in {where} can't be loaded: {error}")
     if cfg.file:

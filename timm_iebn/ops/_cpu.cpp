@@ -183,7 +183,6 @@ void statistics(const Shape& s, const T* x, float* mean_nc, float* mean, float* 
         for (long c = 0; c < s.c; ++c) mean_c[c] += mean_nc[n * s.c + c];
     for (long c = 0; c < s.c; ++c) mean[c] = mean_c[c] /= s.n;
     for (long n = 0; n < s.n; ++n)
-#pragma GCC ivdep
         for (long c = 0; c < s.c; ++c) {
             const double d = mean_nc[n * s.c + c] - mean_c[c];
             deviation_c[c] += deviation_nc[n * s.c + c] + s.hw * d * d;
@@ -239,7 +238,6 @@ void reduce(const Shape& s, const T* g, const T* x, const float* mean_nc, const 
     std::vector<float> inv(s.c);
     for (long c = 0; c < s.c; ++c) inv[c] = 1 / std::sqrt(var[c] + float(eps));
     for (long n = 0; n < s.n; ++n)
-#pragma GCC ivdep
         for (long c = 0; c < s.c; ++c) {
             const long i = n * s.c + c;
             const float P = sum_nc[i], Q = dz_nc[i] * inv[c], gate = gate_nc[i];

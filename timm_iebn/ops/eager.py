@@ -71,10 +71,7 @@ class _IEBN(torch.autograd.Function):
                 dist.all_reduce(sums, group=ctx.group)
                 sum_g, sum_gx = sums.unbind()
             dx = backend.grad_input(g, x, scale_NC, dz_NC, mean, var, ctx.eps, gate_weight, sum_g, sum_gx, ctx.count)
-        grads = (
-            None if p is None else d if d.dtype == p.dtype else d.to(p.dtype)
-            for p, d in zip(inputs[1:], grads, strict=True)
-        )
+        grads = (None if p is None else d.to(p.dtype) for p, d in zip(inputs[1:], grads, strict=True))
         return (dx, *grads, *(None,) * 7)
 
 
