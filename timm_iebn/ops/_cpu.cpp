@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -42,12 +43,21 @@ void narrow(Vec v, Half& out) {  // to the nearest, ties to even; NaN stays NaN
 template <class T>
 using Raw = std::conditional_t<std::is_same_v<T, float>, Vec, Half>;
 
+// Calls body(0) .. body(V - 1), unrolled early enough for arrays of vectors to become registers, as loops are not.
+template <class Body, int... v>
+void unroll(std::integer_sequence<int, v...>, Body body) {
+    (body(v), ...);
+}
+template <int V, class Body>
+void unroll(Body body) {
+    unroll(std::make_integer_sequence<int, V>{}, body);
+}
+
 // `WHOLE` strips have LANES lanes in every vector, others fewer: then the lanes beyond are read as zero.
-template <int V, bool WHOLE>
+template <int V, bool WHOLE, bool CHANNELS_LAST>
 struct Strip {
     long offset, rows, stride, c;
     int lanes;
-    bool channels_last;
 
     template <class T>
     Vec load(const T* p) const {
@@ -79,14 +89,15 @@ struct Strip {
 
     Coefficients spread(const float* per_channel) const {
         Coefficients out;
-        for (int v = 0; v < V; ++v) {
-            if (channels_last) {
+        unroll<V>([&](int v) {
+            if constexpr (CHANNELS_LAST) {
                 out.v[v] = load(per_channel + c + v * LANES);
             } else {
                 out.v[v] = Vec{} + per_channel[c];
-                for (int i = lanes; i < LANES; ++i) out.v[v][i] = 0;
+                if constexpr (!WHOLE)
+                    for (int i = lanes; i < LANES; ++i) out.v[v][i] = 0;
             }
-        }
+        });
         return out;
     }
 
@@ -97,30 +108,34 @@ struct Strip {
         for (long row = 0; row < rows;) {
             Vec part[K][V] = {};
             for (const long stop = std::min(rows, row + RUN); row < stop; ++row)
-                for (int v = 0; v < V; ++v) {
+                unroll<V>([&](int v) {
                     Vec result[K];
                     term(row, v, result);
-                    for (int k = 0; k < K; ++k) part[k][v] += result[k];
-                }
-            for (int k = 0; k < K; ++k)
-                for (int v = 0; v < V; ++v) total[k][v] += part[k][v];
+                    unroll<K>([&](int k) { part[k][v] += result[k]; });
+                });
+            unroll<V>([&](int v) { unroll<K>([&](int k) { total[k][v] += part[k][v]; }); });
         }
-        for (int k = 0; k < K; ++k)
-            for (int v = 0; v < V; ++v) {
+        unroll<V>([&](int v) {
+            unroll<K>([&](int k) {
                 float* out = per_channel[k] + c;
-                if (channels_last) {
+                if constexpr (CHANNELS_LAST) {
                     store(load(out + v * LANES) + total[k][v], out + v * LANES);
                 } else {
                     for (int i = 0; i < LANES; ++i) *out += total[k][v][i];
                 }
-            }
+            });
+        });
     }
 
     template <class Body>
     void each(Body body) const {
-        for (long row = 0; row < rows; ++row)
-            for (int v = 0; v < V; ++v) body(row, v);
+        for (long row = 0; row < rows; ++row) unroll<V>([&](int v) { body(row, v); });
     }
+};
+
+// Some channels of some rows of an image; in NCHW one channel, whole.
+struct Block {
+    long image, row, rows, begin, end;
 };
 
 struct Shape {
@@ -131,29 +146,51 @@ struct Shape {
     // Runs task(image, first channel, last channel + 1) for all.
     template <class Task>
     void each_task(Task task) const {
-        const long step = channels_last ? GROUP : 1, groups = (c + step - 1) / step, tasks = n * groups;
+        const long wanted = (4L * threads + n - 1) / n, parts = (c + GROUP - 1) / GROUP;  // of an image's channels
+        const long step = channels_last ? (parts + wanted - 1) / wanted * GROUP : 1, steps = (c + step - 1) / step;
 #pragma omp parallel for num_threads(threads) schedule(static) if (n * c * hw > 16384)
-        for (long i = 0; i < tasks; ++i) task(i / groups, i % groups * step, std::min(c, (i % groups + 1) * step));
+        for (long i = 0; i < n * steps; ++i) task(i / steps, i % steps * step, std::min(c, (i % steps + 1) * step));
     }
 
-    // Covers the channels begin .. end of an image with strips.
+    // Cuts channels of an image into blocks that fit the cache.
     template <class Body>
-    void walk(long image, long begin, long end, Body body) const {
-        if (channels_last) {
-            const long start = image * hw * c;
-            if (end - begin == GROUP) return body(Strip<GROUP / LANES, true>{start + begin, hw, c, begin, LANES, true});
-            if (begin + 2 * LANES <= end) {
-                body(Strip<2, true>{start + begin, hw, c, begin, LANES, true});
-                begin += 2 * LANES;
-            }
-            for (; begin + LANES <= end; begin += LANES) body(Strip<1, true>{start + begin, hw, c, begin, LANES, true});
-            if (begin < end) body(Strip<1, false>{start + begin, hw, c, begin, int(end - begin), true});
-        } else {
-            const long start = (image * c + begin) * hw, wide = hw / GROUP * GROUP, whole = hw / LANES * LANES;
-            body(Strip<GROUP / LANES, true>{start, wide / GROUP, GROUP, begin, LANES, false});
-            body(Strip<1, true>{start + wide, (whole - wide) / LANES, LANES, begin, LANES, false});
-            body(Strip<1, false>{start + whole, whole < hw, 0, begin, int(hw - whole), false});
-        }
+    void each_block(long image, long begin, long end, Body body) const {
+        const long size = channels_last ? std::max(4L, 4096 / c) : hw;
+        for (long row = 0; row < hw; row += size) body(Block{image, row, std::min(size, hw - row), begin, end});
+    }
+
+    // Covers a block with strips: in channels last of a few rows only, because memory that is not taken in order is
+    // twice as slow, or of all rows where the block is in the `cached` memory.
+    template <class Body>
+    void walk(const Block& b, Body body, bool cached = false) const {
+        if (!channels_last) return walk_plane(b.image, b.begin, body);
+        const long step = cached || c <= GROUP ? b.rows : std::max(1L, 256 / c), end = b.row + b.rows;
+        for (long row = b.row; row < end; row += step) walk_rows(b, row, std::min(step, end - row), body);
+    }
+
+    template <class Body>
+    void walk_rows(const Block& b, long row, long rows, Body body) const {
+        const long start = (b.image * hw + row) * c;
+        long c0 = b.begin;
+        for (; c0 + GROUP <= b.end; c0 += GROUP) body(Strip<GROUP / LANES, true, true>{start + c0, rows, c, c0, LANES});
+        for (; c0 + 2 * LANES <= b.end; c0 += 2 * LANES) body(Strip<2, true, true>{start + c0, rows, c, c0, LANES});
+        for (; c0 + LANES <= b.end; c0 += LANES) body(Strip<1, true, true>{start + c0, rows, c, c0, LANES});
+        if (c0 < b.end) body(Strip<1, false, true>{start + c0, rows, c, c0, int(b.end - c0)});
+    }
+
+    template <class Body>
+    void walk_plane(long image, long channel, Body body) const {
+        const long start = (image * c + channel) * hw, wide = hw / GROUP * GROUP, whole = hw / LANES * LANES;
+        body(Strip<GROUP / LANES, true, false>{start, wide / GROUP, GROUP, channel, LANES});
+        body(Strip<1, true, false>{start + wide, (whole - wide) / LANES, LANES, channel, LANES});
+        body(Strip<1, false, false>{start + whole, whole < hw, 0, channel, int(hw - whole)});
+    }
+
+    // Sets the K arrays `per_channel` to the sums over the block of what `term(strip)` gives for a row and a vector.
+    template <int K, class Term>
+    void sums(const Block& b, float* const (&per_channel)[K], Term term, bool cached = false) const {
+        for (float* out : per_channel) std::fill(out + b.begin, out + b.end, 0.0f);
+        walk(b, [&](auto strip) { strip.sums(per_channel, term(strip)); }, cached);
     }
 };
 
@@ -161,20 +198,30 @@ template <class T>
 void statistics(const Shape& s, const T* x, float* mean_nc, float* mean, float* var) {
     std::vector<float> deviation_nc(var ? s.n * s.c : 0);
     s.each_task([&](long n, long begin, long end) {
-        float* means = mean_nc + n * s.c;
+        float *means = mean_nc + n * s.c, *deviations = deviation_nc.data() + n * s.c;
+        std::vector<float> block_mean(s.c), block_deviation(s.c);
         std::fill(means + begin, means + end, 0.0f);
-        s.walk(n, begin, end, [&](auto strip) {
-            strip.sums({means}, [&](long row, int v, Vec* result) { result[0] = strip.at(x, row, v); });
-        });
-        for (long c = begin; c < end; ++c) means[c] /= s.hw;
-        if (!var) return;
-        float* deviations = deviation_nc.data() + n * s.c;
-        s.walk(n, begin, end, [&](auto strip) {
-            const auto center = strip.spread(means);
-            strip.sums({deviations}, [&](long row, int v, Vec* result) {
-                const Vec d = strip.at(x, row, v) - center.v[v];
-                result[0] = d * d;
+        s.each_block(n, begin, end, [&](const Block& block) {
+            s.sums(block, {block_mean.data()}, [&](auto strip) {
+                return [=](long row, int v, Vec* result) { result[0] = strip.at(x, row, v); };
             });
+            // a block joins those before it as in Chan et al., Updating formulae for computing sample variances (1979)
+            const float rows = block.rows, share = rows / (block.row + block.rows);
+            for (long c = begin; c < end; ++c) block_mean[c] /= rows;
+            if (var) {
+                const auto square = [&](auto strip) {
+                    return [=, center = strip.spread(block_mean.data())](long row, int v, Vec* result) {
+                        const Vec d = strip.at(x, row, v) - center.v[v];
+                        result[0] = d * d;
+                    };
+                };
+                s.sums(block, {block_deviation.data()}, square, true);
+                for (long c = begin; c < end; ++c) {
+                    const float d = block_mean[c] - means[c];
+                    deviations[c] += block_deviation[c] + block.row * share * d * d;
+                }
+            }
+            for (long c = begin; c < end; ++c) means[c] += share * (block_mean[c] - means[c]);
         });
     });
     if (!var) return;
@@ -190,26 +237,44 @@ void statistics(const Shape& s, const T* x, float* mean_nc, float* mean, float* 
     for (long c = 0; c < s.c; ++c) var[c] = deviation_c[c] / (double(s.n) * s.hw);
 }
 
-float value(const float* parameter, long c, float missing) { return parameter ? parameter[c] : missing; }
+// By what batch norm multiplies the centred input; without `weight`, 1 / sqrt(var + eps).
+std::vector<float> slopes(const Shape& s, const float* var, double eps, const float* weight) {
+    std::vector<float> out(s.c);
+    for (long c = 0; c < s.c; ++c) out[c] = (weight ? weight[c] : 1.0f) / std::sqrt(var[c] + float(eps));
+    return out;
+}
+
+// 1 / (1 + exp(-z)), to about one unit in the last place of the exponential.
+Vec sigmoid(Vec z) {
+    const Vec low = Vec{} - 87, high = Vec{} + 87, half_even = Vec{} + 12582912;  // 1.5 * 2^23 rounds what is added
+    Vec t = -z;
+    t = t < low ? low : t;
+    t = t > high ? high : t;
+    const Vec shifted = t * 1.44269504f + half_even, power = shifted - half_even;
+    const Vec r = t - power * 0.693359375f + power * 2.12194440e-4f;  // the rest, |r| <= log(2) / 2
+    Vec e = r * (1.f / 5040) + 1.f / 720;
+    for (const float a : {1.f / 120, 1.f / 24, 1.f / 6, 1.f / 2, 1.f, 1.f}) e = e * r + a;
+    return 1 / (1 + (Vec)((Bits)e + ((Bits)shifted << 23)));
+}
 
 template <class T>
 void normalize(const Shape& s, const T* x, const float* mean_nc, const float* mean, const float* var, double eps,
                const float* weight, const float* bias, const float* gate_weight, const float* gate_bias, float* gate_nc,
-               float* scale_nc, T* y) {
+               T* y) {
+    const std::vector<float> slope = slopes(s, var, eps, weight);
+    std::vector<float> scale_nc(s.n * s.c);
     s.each_task([&](long n, long begin, long end) {
-        const long row0 = n * s.c;
-        for (long c = begin; c < end; ++c) {
-            gate_nc[row0 + c] = 1 / (1 + std::exp(-(gate_weight[c] * mean_nc[row0 + c] + gate_bias[c])));
-            scale_nc[row0 + c] = gate_nc[row0 + c] * value(weight, c, 1) / std::sqrt(var[c] + float(eps));
+        float *gates = gate_nc + n * s.c, *scales = scale_nc.data() + n * s.c;
+        for (long c = begin; c < end; c += LANES) {
+            const Strip<1, false, true> part{0, 1, 0, c, int(std::min(end - c, long(LANES)))};
+            const Vec z = part.load(gate_weight + c) * part.load(mean_nc + n * s.c + c) + part.load(gate_bias + c);
+            const Vec gate = sigmoid(z);
+            part.store(gate, gates + c);
+            part.store(gate * part.load(slope.data() + c), scales + c);
         }
-        s.walk(n, begin, end, [&](auto strip) {
-            const auto scale = strip.spread(scale_nc + row0), center = strip.spread(mean);
-            auto shift = center;
-            if (bias) {
-                shift = strip.spread(bias);
-            } else {
-                shift = {};
-            }
+        s.walk(Block{n, 0, s.hw, begin, end}, [&](auto strip) {
+            const auto scale = strip.spread(scales), center = strip.spread(mean);
+            const auto shift = bias ? strip.spread(bias) : decltype(center){};
             strip.each([&](long row, int v) {
                 strip.put((strip.at(x, row, v) - center.v[v]) * scale.v[v] + shift.v[v], y, row, v);
             });
@@ -218,54 +283,67 @@ void normalize(const Shape& s, const T* x, const float* mean_nc, const float* me
 }
 
 template <class T>
-void reduce(const Shape& s, const T* g, const T* x, const float* mean_nc, const float* gate_nc, const float* scale_nc,
-            const float* mean, const float* var, double eps, const float* weight, float* dz_nc, float* dweight,
-            float* dbias, float* dgate_weight, float* dgate_bias, float* k1, float* k2) {
-    std::vector<float> sum_nc(s.n * s.c);
+void reduce(const Shape& s, const T* g, const T* x, const float* mean_nc, const float* gate_nc, const float* mean,
+            const float* var, double eps, const float* weight, float* dz_nc, float* dweight, float* dbias,
+            float* dgate_weight, float* dgate_bias, float* sums) {
+    std::vector<float> sum_nc(s.n * s.c), gated(s.c);
     s.each_task([&](long n, long begin, long end) {
         float *sum = sum_nc.data() + n * s.c, *product = dz_nc + n * s.c;
         std::fill(product + begin, product + end, 0.0f);
-        s.walk(n, begin, end, [&](auto strip) {
-            const auto center = strip.spread(mean);
-            strip.sums({sum, product}, [&](long row, int v, Vec* result) {
-                result[0] = strip.at(g, row, v);
-                result[1] = result[0] * (strip.at(x, row, v) - center.v[v]);
+        std::vector<float> block_sum(s.c), block_product(s.c);
+        s.each_block(n, begin, end, [&](const Block& block) {
+            s.sums(block, {block_sum.data(), block_product.data()}, [&](auto strip) {
+                return [=, center = strip.spread(mean)](long row, int v, Vec* result) {
+                    result[0] = strip.at(g, row, v);
+                    result[1] = result[0] * (strip.at(x, row, v) - center.v[v]);
+                };
             });
+            for (long c = begin; c < end; ++c) {
+                sum[c] += block_sum[c];
+                product[c] += block_product[c];
+            }
         });
     });
-    float* const outputs[] = {dweight, dbias, dgate_weight, dgate_bias, k1, k2};
-    for (float* out : outputs) std::fill(out, out + s.c, 0.0f);
-    std::vector<float> inv(s.c);
-    for (long c = 0; c < s.c; ++c) inv[c] = 1 / std::sqrt(var[c] + float(eps));
+    const std::vector<float> inv = slopes(s, var, eps, nullptr), slope = slopes(s, var, eps, weight);
+    for (float* out : {dweight, dbias, dgate_weight, dgate_bias}) std::fill(out, out + s.c, 0.0f);
     for (long n = 0; n < s.n; ++n)
         for (long c = 0; c < s.c; ++c) {
             const long i = n * s.c + c;
-            const float P = sum_nc[i], Q = dz_nc[i] * inv[c], gate = gate_nc[i];
-            const float dz = dz_nc[i] = Q * gate * (1 - gate) * value(weight, c, 1);
-            dweight[c] += gate * Q;
+            const float P = sum_nc[i], Q = dz_nc[i], gate = gate_nc[i];
+            const float dz = dz_nc[i] = Q * gate * (1 - gate) * slope[c];
+            dweight[c] += gate * Q * inv[c];
             dbias[c] += P;
             dgate_weight[c] += dz * mean_nc[i];
             dgate_bias[c] += dz;
-            k1[c] += scale_nc[i] * P;
-            k2[c] += scale_nc[i] * Q;
+            gated[c] += gate * P;
         }
+    for (long c = 0; c < s.c; ++c) {
+        sums[c] = slope[c] * gated[c];
+        sums[s.c + c] = slope[c] * dweight[c];
+    }
 }
 
 template <class T>
-void grad_input(const Shape& s, const T* g, const T* x, const float* scale_nc, const float* dz_nc, const float* mean,
-                const float* var, double eps, const float* gate_weight, const float* k1, const float* k2, double count,
-                T* dx) {
-    std::vector<float> shift_nc(s.n * s.c), slope_c(s.c);
+void grad_input(const Shape& s, const T* g, const T* x, const float* gate_nc, const float* dz_nc, const float* mean,
+                const float* var, double eps, const float* weight, const float* gate_weight, const float* sums,
+                double count, T* dx) {
+    const std::vector<float> inv = slopes(s, var, eps, nullptr), slope = slopes(s, var, eps, weight);
+    std::vector<float> scale_nc(s.n * s.c), shift_nc(s.n * s.c), pull(s.c), push(s.c);
     if (count)
-        for (long c = 0; c < s.c; ++c) slope_c[c] = k2[c] / (-count * std::sqrt(var[c] + float(eps)));
+        for (long c = 0; c < s.c; ++c) {
+            push[c] = sums[c] / float(count);
+            pull[c] = sums[s.c + c] * inv[c] / float(-count);
+        }
     s.each_task([&](long n, long begin, long end) {
-        float* shifts = shift_nc.data() + n * s.c;
-        for (long c = begin; c < end; ++c)
-            shifts[c] = dz_nc[n * s.c + c] * gate_weight[c] / s.hw - (count ? k1[c] / float(count) : 0);
-        s.walk(n, begin, end, [&](auto strip) {
-            const auto scale = strip.spread(scale_nc + n * s.c), shift = strip.spread(shifts);
+        float *scales = scale_nc.data() + n * s.c, *shifts = shift_nc.data() + n * s.c;
+        for (long c = begin; c < end; ++c) {
+            scales[c] = gate_nc[n * s.c + c] * slope[c];
+            shifts[c] = dz_nc[n * s.c + c] * gate_weight[c] / s.hw - push[c];
+        }
+        s.walk(Block{n, 0, s.hw, begin, end}, [&](auto strip) {
+            const auto scale = strip.spread(scales), shift = strip.spread(shifts);
             if (count) {
-                const auto slope = strip.spread(slope_c.data()), center = strip.spread(mean);
+                const auto slope = strip.spread(pull.data()), center = strip.spread(mean);
                 strip.each([&](long row, int v) {
                     const Vec centered = strip.at(x, row, v) - center.v[v];
                     strip.put(strip.at(g, row, v) * scale.v[v] + (centered * slope.v[v] + shift.v[v]), dx, row, v);
@@ -289,7 +367,7 @@ void choose(int bf16, Run run) {
 
 extern "C" {
 
-extern const int iebn_interface = 1;  // cpu.py asks for it: a library of other arguments must not be called
+extern const int iebn_interface = 2;  // cpu.py asks for it: a library of other arguments must not be called
 
 void iebn_statistics(long n, long c, long hw, int channels_last, int bf16, int threads, const void* x, float* mean_nc,
                      float* mean, float* var) {
@@ -299,34 +377,34 @@ void iebn_statistics(long n, long c, long hw, int channels_last, int bf16, int t
 
 void iebn_normalize(long n, long c, long hw, int channels_last, int bf16, int threads, const void* x,
                     const float* mean_nc, const float* mean, const float* var, double eps, const float* weight,
-                    const float* bias, const float* gate_weight, const float* gate_bias, float* gate_nc,
-                    float* scale_nc, void* y) {
+                    const float* bias, const float* gate_weight, const float* gate_bias, float* gate_nc, void* y) {
     const Shape s{n, c, hw, bool(channels_last), threads};
     choose(bf16, [&](auto t) {
         typedef decltype(t) T;
-        normalize(s, (const T*)x, mean_nc, mean, var, eps, weight, bias, gate_weight, gate_bias, gate_nc, scale_nc, (T*)y);
+        normalize(s, (const T*)x, mean_nc, mean, var, eps, weight, bias, gate_weight, gate_bias, gate_nc, (T*)y);
     });
 }
 
 void iebn_reduce(long n, long c, long hw, int channels_last, int bf16, int threads, const void* g, const void* x,
-                 const float* mean_nc, const float* gate_nc, const float* scale_nc, const float* mean, const float* var,
-                 double eps, const float* weight, float* dz_nc, float* dweight, float* dbias, float* dgate_weight,
-                 float* dgate_bias, float* k1, float* k2) {
+                 const float* mean_nc, const float* gate_nc, const float* mean, const float* var, double eps,
+                 const float* weight, float* dz_nc, float* dweight, float* dbias, float* dgate_weight,
+                 float* dgate_bias, float* sums) {
     const Shape s{n, c, hw, bool(channels_last), threads};
     choose(bf16, [&](auto t) {
         typedef decltype(t) T;
-        reduce(s, (const T*)g, (const T*)x, mean_nc, gate_nc, scale_nc, mean, var, eps, weight, dz_nc, dweight, dbias,
-               dgate_weight, dgate_bias, k1, k2);
+        reduce(s, (const T*)g, (const T*)x, mean_nc, gate_nc, mean, var, eps, weight, dz_nc, dweight, dbias,
+               dgate_weight, dgate_bias, sums);
     });
 }
 
 void iebn_grad_input(long n, long c, long hw, int channels_last, int bf16, int threads, const void* g, const void* x,
-                     const float* scale_nc, const float* dz_nc, const float* mean, const float* var, double eps,
-                     const float* gate_weight, const float* k1, const float* k2, double count, void* dx) {
+                     const float* gate_nc, const float* dz_nc, const float* mean, const float* var, double eps,
+                     const float* weight, const float* gate_weight, const float* sums, double count, void* dx) {
     const Shape s{n, c, hw, bool(channels_last), threads};
     choose(bf16, [&](auto t) {
         typedef decltype(t) T;
-        grad_input(s, (const T*)g, (const T*)x, scale_nc, dz_nc, mean, var, eps, gate_weight, k1, k2, count, (T*)dx);
+        grad_input(s, (const T*)g, (const T*)x, gate_nc, dz_nc, mean, var, eps, weight, gate_weight, sums, count,
+                   (T*)dx);
     });
 }
 }

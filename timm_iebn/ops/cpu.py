@@ -14,12 +14,12 @@ from ctypes import c_double, c_int, c_long, c_void_p
 import torch  # before the library, so that both use one pool of threads
 from torch import Tensor
 
-_INTERFACE = 1  # of `_cpu.cpp`; both change when arguments do
+_INTERFACE = 2  # of `_cpu.cpp`; both change when arguments do
 _SHAPE = [c_long] * 3 + [c_int] * 3
 _ARGUMENTS = {
     "statistics": [c_void_p] * 4,
-    "normalize": [c_void_p] * 4 + [c_double] + [c_void_p] * 7,
-    "reduce": [c_void_p] * 7 + [c_double] + [c_void_p] * 8,
+    "normalize": [c_void_p] * 4 + [c_double] + [c_void_p] * 6,
+    "reduce": [c_void_p] * 6 + [c_double] + [c_void_p] * 7,
     "grad_input": [c_void_p] * 6 + [c_double] + [c_void_p] * 3 + [c_double, c_void_p],
 }
 
@@ -79,12 +79,6 @@ def _pointer(t: Tensor | None) -> int | None:
     return None if t is None else t.data_ptr()
 
 
-def _like(g: Tensor, x: Tensor) -> Tensor:
-    """`g` in the dtype and layout of `x`."""
-    layout = torch.channels_last if _is_channels_last(x) else torch.contiguous_format
-    return g.to(x.dtype).contiguous(memory_format=layout)
-
-
 def statistics(x: Tensor, batch: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
     mean_NC = x.new_empty(x.shape[:2], dtype=torch.float32)
     mean, var = (mean_NC.new_empty(x.shape[1]) if batch else None for _ in range(2))
@@ -102,14 +96,14 @@ def normalize(
     bias: Tensor | None,
     gate_weight: Tensor,
     gate_bias: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    y, gate_NC, scale_NC = torch.empty_like(x), torch.empty_like(mean_NC), torch.empty_like(mean_NC)
+) -> tuple[Tensor, Tensor]:
+    y, gate_NC = torch.empty_like(x), torch.empty_like(mean_NC)
     # kept in a list, because a pointer does not keep its tensor alive
     vectors = [_vector(v, x) for v in (mean, var, weight, bias, gate_weight, gate_bias)]
     mean_p, var_p, *params = map(_pointer, vectors)
     inputs = _pointer(x), _pointer(mean_NC), mean_p, var_p
-    library.iebn_normalize(*_shape(x), *inputs, eps, *params, *map(_pointer, (gate_NC, scale_NC, y)))
-    return y, gate_NC, scale_NC
+    library.iebn_normalize(*_shape(x), *inputs, eps, *params, _pointer(gate_NC), _pointer(y))
+    return y, gate_NC
 
 
 def reduce(
@@ -117,34 +111,34 @@ def reduce(
     x: Tensor,
     mean_NC: Tensor,
     gate_NC: Tensor,
-    scale_NC: Tensor,
     mean: Tensor,
     var: Tensor,
     eps: float,
     weight: Tensor | None,
-) -> tuple[Tensor, ...]:
-    g, weight = _like(g, x), _vector(weight, x)
-    results = [torch.empty_like(mean_NC), *(torch.empty_like(mean) for _ in range(6))]
-    inputs = map(_pointer, (g, x, mean_NC, gate_NC, scale_NC, mean, var))
-    library.iebn_reduce(*_shape(x), *inputs, eps, _pointer(weight), *map(_pointer, results))
-    return tuple(results)
+) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+    weight, dz_NC = _vector(weight, x), torch.empty_like(mean_NC)
+    grads, sums = tuple(torch.empty_like(mean) for _ in range(4)), mean.new_empty(2, x.shape[1])
+    inputs = map(_pointer, (g, x, mean_NC, gate_NC, mean, var))
+    results = map(_pointer, (weight, dz_NC, *grads, sums))
+    library.iebn_reduce(*_shape(x), *inputs, eps, *results)
+    return dz_NC, grads, sums
 
 
 def grad_input(
     g: Tensor,
     x: Tensor,
-    scale_NC: Tensor,
+    gate_NC: Tensor,
     dz_NC: Tensor,
     mean: Tensor,
     var: Tensor,
     eps: float,
+    weight: Tensor | None,
     gate_weight: Tensor,
-    sum_g: Tensor,
-    sum_gx: Tensor,
+    sums: Tensor,
     count: float | Tensor,
 ) -> Tensor:
-    g, gate_weight, dx = _like(g, x), _vector(gate_weight, x), torch.empty_like(x)
-    inputs = map(_pointer, (g, x, scale_NC, dz_NC, mean, var))
-    sums = map(_pointer, (gate_weight, sum_g, sum_gx))
-    library.iebn_grad_input(*_shape(x), *inputs, eps, *sums, float(count), dx.data_ptr())
+    weight, gate_weight, dx = _vector(weight, x), _vector(gate_weight, x), torch.empty_like(x)
+    inputs = map(_pointer, (g, x, gate_NC, dz_NC, mean, var))
+    params = map(_pointer, (weight, gate_weight, sums))
+    library.iebn_grad_input(*_shape(x), *inputs, eps, *params, float(count), dx.data_ptr())
     return dx

@@ -4,7 +4,6 @@ Autograd through the formula keeps and rereads half a dozen (N, C, H, W) tensors
 over them, as batch norm does: `cpu` or `passes` has them, this module differentiates and synchronises.
 """
 
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import cpu, passes
-from .reference import iebn_reference, update_running, wide_dtype
+from .reference import iebn_reference, update_running
 
 
 def _merge(mean: Tensor, var: Tensor, count: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
@@ -28,7 +27,7 @@ def _merge(mean: Tensor, var: Tensor, count: int, group: dist.ProcessGroup) -> t
 
 
 class _IEBN(torch.autograd.Function):
-    """Differentiable in x and the parameters; a `count` of 0 says that mean and var are constants.
+    """The layer, differentiable in x and the parameters. `forward` without a context is inference.
 
     It has no `setup_context`, which would double its overhead; torch.func transforms take the reference instead.
     """
@@ -41,38 +40,52 @@ class _IEBN(torch.autograd.Function):
         bias: Tensor | None,
         gate_weight: Tensor,
         gate_bias: Tensor,
-        mean_NC: Tensor,
-        mean: Tensor,
-        var: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        batch: bool,
+        momentum: float,
         eps: float,
-        count: int | Tensor,
         group: dist.ProcessGroup | None,
-        backend: ModuleType,
     ) -> Tensor:
-        params = weight, bias, gate_weight, gate_bias
-        y, gate_NC, scale_NC = backend.normalize(x, mean_NC, mean, var, eps, *params)
+        backend = cpu if cpu.supports(x) else passes
+        mean_NC, mean, var = backend.statistics(x, batch)
+        if x.numel() == 0:  # a detector's empty batch: nothing moves, where 0 / 0 would
+            mean_NC, mean, var = (None if t is None else torch.zeros_like(t) for t in (mean_NC, mean, var))
+        count = x.numel() // x.shape[1] if batch else 0  # 0 says to `backward` that mean and var are constants
+        if not batch:
+            # copies: what backward reads must be dense, and not move with the running statistics
+            mean, var = (t.to(mean_NC.dtype, copy=True) for t in (running_mean, running_var))
+        elif group is not None:
+            mean, var, count = _merge(mean, var, count, group)
+        if batch and running_mean is not None and (group is not None or x.numel()):
+            update_running(running_mean, running_var, mean, var * (count / (count - 1)), momentum)
+        y, gate_NC = backend.normalize(x, mean_NC, mean, var, eps, weight, bias, gate_weight, gate_bias)
         if ctx is not None:
             ctx.eps, ctx.count, ctx.group, ctx.backend = eps, count, group, backend
-            ctx.save_for_backward(x, *params, mean_NC, mean, var, gate_NC, scale_NC)
+            ctx.save_for_backward(x, weight, bias, gate_weight, gate_bias, mean_NC, mean, var, gate_NC)
         return y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple:
-        x, weight, bias, gate_weight, gate_bias, mean_NC, mean, var, gate_NC, scale_NC = ctx.saved_tensors
-        inputs = x, weight, bias, gate_weight, gate_bias
+        x, weight, bias, gate_weight, gate_bias, mean_NC, mean, var, gate_NC = ctx.saved_tensors
+        params = weight, bias, gate_weight, gate_bias
         if torch.is_grad_enabled():  # create_graph=True: the second derivative goes through the formula
-            return (*_reference_grads(ctx, inputs, mean, var, g), *(None,) * 7)
-        backend = ctx.backend
-        dz_NC, *grads, sum_g, sum_gx = backend.reduce(g, x, mean_NC, gate_NC, scale_NC, mean, var, ctx.eps, weight)
+            return (*_reference_grads(ctx, (x, *params), mean, var, g), *_NO_GRADS)
+        if g.stride() != x.stride() or g.dtype != x.dtype:
+            g = torch.empty_like(x).copy_(g)
+        dz_NC, grads, sums = ctx.backend.reduce(g, x, mean_NC, gate_NC, mean, var, ctx.eps, weight)
         dx = None
         if ctx.needs_input_grad[0]:
             if ctx.group is not None:
-                sums = torch.stack([sum_g, sum_gx])
                 dist.all_reduce(sums, group=ctx.group)
-                sum_g, sum_gx = sums.unbind()
-            dx = backend.grad_input(g, x, scale_NC, dz_NC, mean, var, ctx.eps, gate_weight, sum_g, sum_gx, ctx.count)
-        grads = (None if p is None else d.to(p.dtype) for p, d in zip(inputs[1:], grads, strict=True))
-        return (dx, *grads, *(None,) * 7)
+            dx = ctx.backend.grad_input(
+                g, x, gate_NC, dz_NC, mean, var, ctx.eps, weight, gate_weight, sums, ctx.count
+            )
+        grads = (None if p is None else d.to(p.dtype) for p, d in zip(params, grads, strict=True))
+        return (dx, *grads, *_NO_GRADS)
+
+
+_NO_GRADS = (None,) * 6  # for what `_IEBN.forward` takes besides x and the parameters
 
 
 def _reference_grads(ctx: Any, inputs: tuple[Tensor | None, ...], mean: Tensor, var: Tensor, grad: Tensor) -> list:
@@ -103,22 +116,9 @@ def iebn_eager(
     Differentiable twice, the second time through the reference; not with `group`.
     """
     batch = training or running_mean is None
-    group = group if batch else None
-    dtype = wide_dtype(x)
-    backend = cpu if cpu.supports(x) else passes
-    with torch.no_grad():
-        mean_NC, mean, var = backend.statistics(x, batch)
-        if x.numel() == 0:  # a detector's empty batch: nothing moves, where 0 / 0 would
-            mean_NC, mean, var = (None if t is None else torch.zeros_like(t) for t in (mean_NC, mean, var))
-        count = x.numel() // x.shape[1] if batch else 0
-        if not batch:
-            # copies: what backward reads must be dense, and not move with the running statistics
-            mean, var = (t.to(dtype, copy=True) for t in (running_mean, running_var))
-        elif group is not None:
-            mean, var, count = _merge(mean, var, count, group)
-        if batch and running_mean is not None and (group is not None or x.numel()):
-            update_running(running_mean, running_var, mean, var * (count / (count - 1)), momentum)
-    args = (x, weight, bias, gate_weight, gate_bias, mean_NC, mean, var, eps, count, group, backend)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:5]):
+    inputs = x, weight, bias, gate_weight, gate_bias
+    args = (*inputs, running_mean, running_var, batch, momentum, eps, group if batch else None)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         return _IEBN.apply(*args)
-    return _IEBN.forward(None, *args)  # an autograd.Function costs as much as a small layer
+    with torch.no_grad():
+        return _IEBN.forward(None, *args)  # an autograd.Function costs as much as a small layer

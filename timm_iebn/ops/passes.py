@@ -16,6 +16,12 @@ def _plane(v: Tensor) -> Tensor:
     return v[..., None, None]
 
 
+def _slope(var: Tensor, eps: float, weight: Tensor | None) -> Tensor:
+    """By what batch norm multiplies the centred input."""
+    inv = torch.rsqrt(var + eps)
+    return inv if weight is None else inv * weight.to(inv.dtype)
+
+
 def statistics(x: Tensor, batch: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Instance means (N, C) and, if `batch`, mean and biased variance of the batch."""
     wide = x.to(wide_dtype(x))
@@ -36,17 +42,14 @@ def normalize(
     bias: Tensor | None,
     gate_weight: Tensor,
     gate_bias: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The output, the gates, and the scales `gate * weight / sqrt(var + eps)`, (N, C) both."""
+) -> tuple[Tensor, Tensor]:
+    """The output, and the gates (N, C)."""
     dtype = mean.dtype
     gate_NC = torch.addcmul(gate_bias.to(dtype), gate_weight.to(dtype), mean_NC).sigmoid_()
-    scale_NC = gate_NC * torch.rsqrt(var + eps)
-    if weight is not None:
-        scale_NC = scale_NC * weight.to(dtype)
-    y = (x.to(dtype) - _plane(mean)).mul_(_plane(scale_NC))
+    y = (x.to(dtype) - _plane(mean)).mul_(_plane(gate_NC * _slope(var, eps, weight)))
     if bias is not None:
         y += _plane(bias.to(dtype))
-    return y.to(x.dtype), gate_NC, scale_NC
+    return y.to(x.dtype), gate_NC
 
 
 def reduce(
@@ -54,51 +57,51 @@ def reduce(
     x: Tensor,
     mean_NC: Tensor,
     gate_NC: Tensor,
-    scale_NC: Tensor,
     mean: Tensor,
     var: Tensor,
     eps: float,
     weight: Tensor | None,
-) -> tuple[Tensor, ...]:
-    """With `g` the gradient of the output and `xhat` the normalised input: the gradient `dz_NC` of what is under the
-    sigmoid, those of weight, bias, gate_weight and gate_bias, and over the batch the sums of `scale * g` and of
-    `scale * g * xhat`, which reach the input through the statistics.
+) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+    """With `g` the gradient of the output: the gradient `dz_NC` of what is under the sigmoid; those of weight, bias,
+    gate_weight and gate_bias; and what reaches the input through mean and variance, the sums over the batch of
+    `scale * g` and of `scale * g * xhat`, (2, C), with `scale = gate * weight / sqrt(var + eps)`.
     """
     dtype = mean.dtype
     g = g.to(dtype)
     P_NC = g.sum((2, 3))
     Q_NC = (x.to(dtype) - _plane(mean)).mul_(g).sum((2, 3)) * torch.rsqrt(var + eps)
-    dweight_NC = gate_NC * Q_NC
-    dz_NC = dweight_NC * (1 - gate_NC)
+    gateP, gateQ = (gate_NC * P_NC).sum(0), gate_NC * Q_NC
+    dz_NC = gateQ * (1 - gate_NC)
     if weight is not None:
         dz_NC = dz_NC * weight.to(dtype)
-    rows = (dweight_NC, P_NC, dz_NC * mean_NC, dz_NC, scale_NC * P_NC, scale_NC * Q_NC)
-    return dz_NC, *(row.sum(0) for row in rows)
+    dweight = gateQ.sum(0)
+    grads = dweight, P_NC.sum(0), (dz_NC * mean_NC).sum(0), dz_NC.sum(0)
+    return dz_NC, grads, torch.stack([gateP, dweight]) * _slope(var, eps, weight)
 
 
 def grad_input(
     g: Tensor,
     x: Tensor,
-    scale_NC: Tensor,
+    gate_NC: Tensor,
     dz_NC: Tensor,
     mean: Tensor,
     var: Tensor,
     eps: float,
+    weight: Tensor | None,
     gate_weight: Tensor,
-    sum_g: Tensor,
-    sum_gx: Tensor,
+    sums: Tensor,
     count: float | Tensor,
 ) -> Tensor:
-    """The gradient of `x`, in its dtype. `sum_g` and `sum_gx` are the last two results of `reduce`, over `count` values
-    per channel; a `count` of 0 says that mean and variance are constants.
+    """The gradient of `x`, in its dtype. `sums` are those of `reduce`, over `count` values per channel; a `count` of 0
+    says that mean and variance are constants.
     """
     dtype = mean.dtype
     shift_NC = dz_NC * (gate_weight.to(dtype) / (x.shape[2] * x.shape[3]))
     batch = isinstance(count, Tensor) or count > 0
     if batch:
-        shift_NC = shift_NC - sum_g / count
-    dx = torch.addcmul(_plane(shift_NC), g.to(dtype), _plane(scale_NC))
+        sum_g, sum_gx = sums / count
+        shift_NC = shift_NC - sum_g
+    dx = torch.addcmul(_plane(shift_NC), g.to(dtype), _plane(gate_NC * _slope(var, eps, weight)))
     if batch:
-        slope = sum_gx * torch.rsqrt(var + eps) / count
-        dx.addcmul_(x.to(dtype) - _plane(mean), _plane(slope), value=-1)
+        dx.addcmul_(x.to(dtype) - _plane(mean), _plane(sum_gx * torch.rsqrt(var + eps)), value=-1)
     return dx.to(x.dtype)
