@@ -3,11 +3,14 @@
     python scripts/benchmark.py [layer] [train] [inference] [trainer] [--repeats N] [--threads N]
 
 Every repeat runs the baseline, then ours; a row is the median over the repeats of the ratio within one repeat. Numbers
-mean nothing while something else runs on the machine.
+mean nothing while something else runs on the machine. glibc is told to keep freed memory: else either side may spend
+more on page faults than on work, depending on what else lies on the heap.
 """
 
 import argparse
+import ctypes
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -126,6 +129,10 @@ def main() -> None:
     if unknown := set(args.parts) - set(PARTS):
         parser.error(f"unknown part {', '.join(unknown)}: choose of {', '.join(PARTS)}")
     torch.set_num_threads(args.threads)
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
     table = Table("", "baseline, ms", "ours, ms", "ours / baseline")
     for part in args.parts or PARTS:
         for name, baseline, ours, ratio in PARTS[part](args.repeats):

@@ -262,7 +262,7 @@ def test_a_gradient_of_another_layout_or_none_at_all(dtype, backend):
     torch.testing.assert_close(leaf.grad, expanded)
 
 
-@pytest.mark.parametrize("shape", [(6, 40, 13, 9), (2, 3, 60, 50)], ids=str)
+@pytest.mark.parametrize("shape", [(6, 40, 13, 9), (2, 3, 60, 50), (1, 300, 9, 23)], ids=str)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 def test_cpu_library_gives_the_same_bits_with_any_number_of_threads(shape, layout):
     (x, *params), grad = draw(shape)
@@ -272,7 +272,7 @@ def test_cpu_library_gives_the_same_bits_with_any_number_of_threads(shape, layou
     if cpu.library is None:
         pytest.skip("the CPU library was not built")
     try:
-        for count in (1, 2, 3):
+        for count in (1, 2, 3, 8):
             torch.set_num_threads(count)
             leaf = x.clone().requires_grad_()
             y = iebn_eager(leaf, *params, None, None, True, 0.1, 1e-5)

@@ -354,3 +354,9 @@ def test_weights_of_another_network_are_named(file, tmp_path, other):
 @pytest.mark.parametrize("name", ["resnet19_iebn", "resnet18_iebn.warmstart_a9_in1k"])
 def test_an_unknown_name_is_named(name):
     assert_explains(failure(name), RuntimeError, *name.split("."))
+
+
+@pytest.mark.parametrize("name", ["resnet18_iebn", "resnet20_cifar"])
+def test_a_bad_argument_is_not_called_a_bad_file(name):
+    with pytest.raises(KeyError, match="nope"):
+        timm.create_model(name, pretrained=True, act_layer="nope")

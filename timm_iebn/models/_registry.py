@@ -51,10 +51,18 @@ def define_model(module: str, name: str, doc: str, build: Callable[..., nn.Modul
 
 def build_with_cfg(model_cls: Callable[..., nn.Module], variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     """As timm's `build_model_with_cfg`; where weights can't be loaded, the error says which, from where, and why."""
+    is_built = False
+
+    def build(*args: Any, **model_args: Any) -> nn.Module:
+        nonlocal is_built
+        model = model_cls(*args, **model_args)
+        is_built = True  # what fails from here on is loading
+        return model
+
     try:
-        return build_model_with_cfg(model_cls, variant, pretrained, **kwargs)
+        return build_model_with_cfg(build, variant, pretrained, **kwargs)
     except _LOADING_ERRORS as e:
-        if not pretrained:
+        if not pretrained or not is_built:
             raise
         cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
         raise _explain(variant, cfg, kwargs.get("cache_dir"), e) from e

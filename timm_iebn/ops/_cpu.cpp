@@ -1,9 +1,9 @@
 // The four passes of IEBN on CPU, for float32 and bfloat16, NCHW and channels last. `cpu.py` calls them, and says what
 // their arguments are.
 //
-// A task is one image and one group of channels: 32 neighbours in channels last, one channel in NCHW. It walks its data
-// in strips of up to four vectors of 8 lanes; a lane is a channel in channels last and a position in NCHW. The order of
-// every sum depends on the shape alone, not on the number of threads.
+// A task is some channels of one image: all of them in channels last if there are images enough, one in NCHW. It walks
+// its data in blocks, and these in strips of up to four vectors of 8 lanes; a lane is a channel in channels last and a
+// position in NCHW. The order of every sum depends on the shape alone, not on the number of threads.
 
 #include <algorithm>
 #include <cmath>
@@ -19,8 +19,8 @@
 
 namespace {
 
-constexpr int LANES = 8, GROUP = 32;
-constexpr long RUN = 128;  // rows added up before they join a total, which keeps long sums exact
+constexpr int LANES = 8, GROUP = 32;  // values in a vector, and at most in a row of a strip
+constexpr long BLOCK = 4096;  // values, which fit the first cache and are few enough to be added up one by one
 
 typedef float Vec __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
@@ -42,6 +42,12 @@ void narrow(Vec v, Half& out) {  // to the nearest, ties to even; NaN stays NaN
 
 template <class T>
 using Raw = std::conditional_t<std::is_same_v<T, float>, Vec, Half>;
+
+float sum(Vec v) {
+    float a[LANES];
+    std::memcpy(a, &v, sizeof v);
+    return ((a[0] + a[4]) + (a[2] + a[6])) + ((a[1] + a[5]) + (a[3] + a[7]));
+}
 
 // Calls body(0) .. body(V - 1), unrolled early enough for arrays of vectors to become registers, as loops are not.
 template <class Body, int... v>
@@ -105,25 +111,21 @@ struct Strip {
     template <int K, class Term>
     void sums(float* const (&per_channel)[K], Term term) const {
         Vec total[K][V] = {};
-        for (long row = 0; row < rows;) {
-            Vec part[K][V] = {};
-            for (const long stop = std::min(rows, row + RUN); row < stop; ++row)
-                unroll<V>([&](int v) {
-                    Vec result[K];
-                    term(row, v, result);
-                    unroll<K>([&](int k) { part[k][v] += result[k]; });
-                });
-            unroll<V>([&](int v) { unroll<K>([&](int k) { total[k][v] += part[k][v]; }); });
-        }
-        unroll<V>([&](int v) {
-            unroll<K>([&](int k) {
-                float* out = per_channel[k] + c;
-                if constexpr (CHANNELS_LAST) {
-                    store(load(out + v * LANES) + total[k][v], out + v * LANES);
-                } else {
-                    for (int i = 0; i < LANES; ++i) *out += total[k][v][i];
-                }
+        for (long row = 0; row < rows; ++row)
+            unroll<V>([&](int v) {
+                Vec result[K];
+                term(row, v, result);
+                unroll<K>([&](int k) { total[k][v] += result[k]; });
             });
+        unroll<K>([&](int k) {
+            float* out = per_channel[k] + c;
+            if constexpr (CHANNELS_LAST) {
+                unroll<V>([&](int v) { store(load(out + v * LANES) + total[k][v], out + v * LANES); });
+            } else {
+                Vec lane_sums{};
+                unroll<V>([&](int v) { lane_sums += total[k][v]; });
+                *out += sum(lane_sums);
+            }
         });
     }
 
@@ -133,9 +135,9 @@ struct Strip {
     }
 };
 
-// Some channels of some rows of an image; in NCHW one channel, whole.
+// Some channels at some positions of an image; in NCHW one channel.
 struct Block {
-    long image, row, rows, begin, end;
+    long image, start, size, begin, end;
 };
 
 struct Shape {
@@ -143,29 +145,48 @@ struct Shape {
     bool channels_last;
     int threads;
 
-    // Runs task(image, first channel, last channel + 1) for all.
+    // Runs task(i) for 0 <= i < count.
     template <class Task>
-    void each_task(Task task) const {
-        const long wanted = (4L * threads + n - 1) / n, parts = (c + GROUP - 1) / GROUP;  // of an image's channels
-        const long step = channels_last ? (parts + wanted - 1) / wanted * GROUP : 1, steps = (c + step - 1) / step;
+    void parallel(long count, Task task) const {
 #pragma omp parallel for num_threads(threads) schedule(static) if (n * c * hw > 16384)
-        for (long i = 0; i < n * steps; ++i) task(i / steps, i % steps * step, std::min(c, (i % steps + 1) * step));
+        for (long i = 0; i < count; ++i) task(i);
     }
 
-    // Cuts channels of an image into blocks that fit the cache.
+    // Runs task(image, first channel, last channel + 1) for all.
+    template <class Task>
+    void each_image(Task task) const {
+        if (n == 0) return;
+        // in channels last all channels at once, whose memory is in order, unless images are too few
+        const long groups = (c + GROUP - 1) / GROUP, wanted = 1 + (2L * threads - 1) / n;
+        const long step = channels_last ? (groups + wanted - 1) / wanted * GROUP : 1, steps = (c + step - 1) / step;
+        parallel(n * steps, [&](long i) { task(i / steps, i % steps * step, std::min(c, (i % steps + 1) * step)); });
+    }
+
+    // Runs task(block) for blocks that cover everything.
+    template <class Task>
+    void each_part(Task task) const {
+        if (n * hw == 0) return;
+        const long wanted = channels_last ? std::min(hw, 1 + (2L * threads - 1) / n) : 1;
+        const long size = (hw + wanted - 1) / wanted, sizes = (hw + size - 1) / size, planes = channels_last ? 1 : c;
+        parallel(n * sizes * planes, [&](long i) {
+            const long image = i / (sizes * planes), channel = i % planes, start = i / planes % sizes * size;
+            task(Block{image, start, std::min(size, hw - start), channel, channels_last ? c : channel + 1});
+        });
+    }
+
     template <class Body>
     void each_block(long image, long begin, long end, Body body) const {
-        const long size = channels_last ? std::max(4L, 4096 / c) : hw;
-        for (long row = 0; row < hw; row += size) body(Block{image, row, std::min(size, hw - row), begin, end});
+        const long size = channels_last ? std::clamp(BLOCK / c, 4L, BLOCK / GROUP) : BLOCK;
+        for (long i = 0; i < hw; i += size) body(Block{image, i, std::min(size, hw - i), begin, end});
     }
 
     // Covers a block with strips: in channels last of a few rows only, because memory that is not taken in order is
     // twice as slow, or of all rows where the block is in the `cached` memory.
     template <class Body>
     void walk(const Block& b, Body body, bool cached = false) const {
-        if (!channels_last) return walk_plane(b.image, b.begin, body);
-        const long step = cached || c <= GROUP ? b.rows : std::max(1L, 256 / c), end = b.row + b.rows;
-        for (long row = b.row; row < end; row += step) walk_rows(b, row, std::min(step, end - row), body);
+        if (!channels_last) return walk_plane(b, body);
+        const long step = cached || c <= GROUP ? b.size : std::max(1L, 256 / c), end = b.start + b.size;
+        for (long row = b.start; row < end; row += step) walk_rows(b, row, std::min(step, end - row), body);
     }
 
     template <class Body>
@@ -179,11 +200,12 @@ struct Shape {
     }
 
     template <class Body>
-    void walk_plane(long image, long channel, Body body) const {
-        const long start = (image * c + channel) * hw, wide = hw / GROUP * GROUP, whole = hw / LANES * LANES;
-        body(Strip<GROUP / LANES, true, false>{start, wide / GROUP, GROUP, channel, LANES});
-        body(Strip<1, true, false>{start + wide, (whole - wide) / LANES, LANES, channel, LANES});
-        body(Strip<1, false, false>{start + whole, whole < hw, 0, channel, int(hw - whole)});
+    void walk_plane(const Block& b, Body body) const {
+        const long c0 = b.begin, start = (b.image * c + c0) * hw + b.start;
+        const long wide = b.size / GROUP * GROUP, whole = b.size / LANES * LANES;
+        if (wide) body(Strip<GROUP / LANES, true, false>{start, wide / GROUP, GROUP, c0, LANES});
+        if (wide < whole) body(Strip<1, true, false>{start + wide, (whole - wide) / LANES, LANES, c0, LANES});
+        if (whole < b.size) body(Strip<1, false, false>{start + whole, 1, 0, c0, int(b.size - whole)});
     }
 
     // Sets the K arrays `per_channel` to the sums over the block of what `term(strip)` gives for a row and a vector.
@@ -196,29 +218,29 @@ struct Shape {
 
 template <class T>
 void statistics(const Shape& s, const T* x, float* mean_nc, float* mean, float* var) {
-    std::vector<float> deviation_nc(var ? s.n * s.c : 0);
-    s.each_task([&](long n, long begin, long end) {
+    std::vector<float> block_mean_nc(s.n * s.c), block_deviation_nc(s.n * s.c), deviation_nc(s.n * s.c);
+    s.each_image([&](long n, long begin, long end) {
         float *means = mean_nc + n * s.c, *deviations = deviation_nc.data() + n * s.c;
-        std::vector<float> block_mean(s.c), block_deviation(s.c);
+        float *block_mean = block_mean_nc.data() + n * s.c, *block_deviation = block_deviation_nc.data() + n * s.c;
         std::fill(means + begin, means + end, 0.0f);
         s.each_block(n, begin, end, [&](const Block& block) {
-            s.sums(block, {block_mean.data()}, [&](auto strip) {
+            s.sums(block, {block_mean}, [&](auto strip) {
                 return [=](long row, int v, Vec* result) { result[0] = strip.at(x, row, v); };
             });
             // a block joins those before it as in Chan et al., Updating formulae for computing sample variances (1979)
-            const float rows = block.rows, share = rows / (block.row + block.rows);
-            for (long c = begin; c < end; ++c) block_mean[c] /= rows;
+            const float share = float(block.size) / (block.start + block.size);
+            for (long c = begin; c < end; ++c) block_mean[c] /= block.size;
             if (var) {
                 const auto square = [&](auto strip) {
-                    return [=, center = strip.spread(block_mean.data())](long row, int v, Vec* result) {
+                    return [=, center = strip.spread(block_mean)](long row, int v, Vec* result) {
                         const Vec d = strip.at(x, row, v) - center.v[v];
                         result[0] = d * d;
                     };
                 };
-                s.sums(block, {block_deviation.data()}, square, true);
+                s.sums(block, {block_deviation}, square, true);
                 for (long c = begin; c < end; ++c) {
                     const float d = block_mean[c] - means[c];
-                    deviations[c] += block_deviation[c] + block.row * share * d * d;
+                    deviations[c] += block_deviation[c] + block.start * share * d * d;
                 }
             }
             for (long c = begin; c < end; ++c) means[c] += share * (block_mean[c] - means[c]);
@@ -263,17 +285,18 @@ void normalize(const Shape& s, const T* x, const float* mean_nc, const float* me
                T* y) {
     const std::vector<float> slope = slopes(s, var, eps, weight);
     std::vector<float> scale_nc(s.n * s.c);
-    s.each_task([&](long n, long begin, long end) {
-        float *gates = gate_nc + n * s.c, *scales = scale_nc.data() + n * s.c;
-        for (long c = begin; c < end; c += LANES) {
-            const Strip<1, false, true> part{0, 1, 0, c, int(std::min(end - c, long(LANES)))};
-            const Vec z = part.load(gate_weight + c) * part.load(mean_nc + n * s.c + c) + part.load(gate_bias + c);
-            const Vec gate = sigmoid(z);
-            part.store(gate, gates + c);
-            part.store(gate * part.load(slope.data() + c), scales + c);
+    s.parallel(s.n, [&](long n) {
+        for (long c = 0; c < s.c; c += LANES) {
+            const Strip<1, false, true> part{0, 1, 0, c, int(std::min(s.c - c, long(LANES)))};
+            const Vec under = part.load(gate_weight + c) * part.load(mean_nc + n * s.c + c) + part.load(gate_bias + c);
+            const Vec gate = sigmoid(under);
+            part.store(gate, gate_nc + n * s.c + c);
+            part.store(gate * part.load(slope.data() + c), scale_nc.data() + n * s.c + c);
         }
-        s.walk(Block{n, 0, s.hw, begin, end}, [&](auto strip) {
-            const auto scale = strip.spread(scales), center = strip.spread(mean);
+    });
+    s.each_part([&](const Block& block) {
+        s.walk(block, [&](auto strip) {
+            const auto scale = strip.spread(scale_nc.data() + block.image * s.c), center = strip.spread(mean);
             const auto shift = bias ? strip.spread(bias) : decltype(center){};
             strip.each([&](long row, int v) {
                 strip.put((strip.at(x, row, v) - center.v[v]) * scale.v[v] + shift.v[v], y, row, v);
@@ -286,13 +309,13 @@ template <class T>
 void reduce(const Shape& s, const T* g, const T* x, const float* mean_nc, const float* gate_nc, const float* mean,
             const float* var, double eps, const float* weight, float* dz_nc, float* dweight, float* dbias,
             float* dgate_weight, float* dgate_bias, float* sums) {
-    std::vector<float> sum_nc(s.n * s.c), gated(s.c);
-    s.each_task([&](long n, long begin, long end) {
+    std::vector<float> block_sum_nc(s.n * s.c), block_product_nc(s.n * s.c), sum_nc(s.n * s.c), gated(s.c);
+    s.each_image([&](long n, long begin, long end) {
         float *sum = sum_nc.data() + n * s.c, *product = dz_nc + n * s.c;
         std::fill(product + begin, product + end, 0.0f);
-        std::vector<float> block_sum(s.c), block_product(s.c);
+        float *block_sum = block_sum_nc.data() + n * s.c, *block_product = block_product_nc.data() + n * s.c;
         s.each_block(n, begin, end, [&](const Block& block) {
-            s.sums(block, {block_sum.data(), block_product.data()}, [&](auto strip) {
+            s.sums(block, {block_sum, block_product}, [&](auto strip) {
                 return [=, center = strip.spread(mean)](long row, int v, Vec* result) {
                     result[0] = strip.at(g, row, v);
                     result[1] = result[0] * (strip.at(x, row, v) - center.v[v]);
@@ -334,14 +357,16 @@ void grad_input(const Shape& s, const T* g, const T* x, const float* gate_nc, co
             push[c] = sums[c] / float(count);
             pull[c] = sums[s.c + c] * inv[c] / float(-count);
         }
-    s.each_task([&](long n, long begin, long end) {
-        float *scales = scale_nc.data() + n * s.c, *shifts = shift_nc.data() + n * s.c;
-        for (long c = begin; c < end; ++c) {
-            scales[c] = gate_nc[n * s.c + c] * slope[c];
-            shifts[c] = dz_nc[n * s.c + c] * gate_weight[c] / s.hw - push[c];
+    s.parallel(s.n, [&](long n) {
+        for (long c = 0, i = n * s.c; c < s.c; ++c, ++i) {
+            scale_nc[i] = gate_nc[i] * slope[c];
+            shift_nc[i] = dz_nc[i] * gate_weight[c] / s.hw - push[c];
         }
-        s.walk(Block{n, 0, s.hw, begin, end}, [&](auto strip) {
-            const auto scale = strip.spread(scales), shift = strip.spread(shifts);
+    });
+    s.each_part([&](const Block& block) {
+        s.walk(block, [&](auto strip) {
+            const auto scale = strip.spread(scale_nc.data() + block.image * s.c);
+            const auto shift = strip.spread(shift_nc.data() + block.image * s.c);
             if (count) {
                 const auto slope = strip.spread(pull.data()), center = strip.spread(mean);
                 strip.each([&](long row, int v) {
@@ -349,7 +374,9 @@ void grad_input(const Shape& s, const T* g, const T* x, const float* gate_nc, co
                     strip.put(strip.at(g, row, v) * scale.v[v] + (centered * slope.v[v] + shift.v[v]), dx, row, v);
                 });
             } else {
-                strip.each([&](long row, int v) { strip.put(strip.at(g, row, v) * scale.v[v] + shift.v[v], dx, row, v); });
+                strip.each([&](long row, int v) {
+                    strip.put(strip.at(g, row, v) * scale.v[v] + shift.v[v], dx, row, v);
+                });
             }
         });
     });

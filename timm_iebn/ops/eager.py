@@ -78,11 +78,9 @@ class _IEBN(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             if ctx.group is not None:
                 dist.all_reduce(sums, group=ctx.group)
-            dx = ctx.backend.grad_input(
-                g, x, gate_NC, dz_NC, mean, var, ctx.eps, weight, gate_weight, sums, ctx.count
-            )
-        grads = (None if p is None else d.to(p.dtype) for p, d in zip(params, grads, strict=True))
-        return (dx, *grads, *_NO_GRADS)
+            dx = ctx.backend.grad_input(g, x, gate_NC, dz_NC, mean, var, ctx.eps, weight, gate_weight, sums, ctx.count)
+        # autograd casts them to the parameters' dtypes
+        return (dx, *(None if p is None else d for p, d in zip(params, grads, strict=True)), *_NO_GRADS)
 
 
 _NO_GRADS = (None,) * 6  # for what `_IEBN.forward` takes besides x and the parameters

@@ -19,9 +19,8 @@ def update_running(
     running_mean: Tensor, running_var: Tensor, mean: Tensor, unbiased_var: Tensor, momentum: float
 ) -> None:
     """Moves the running statistics by `momentum` towards those of the batch, in place, as batch norm does."""
-    with torch.no_grad():
-        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-        running_var.lerp_(unbiased_var.to(running_var.dtype), momentum)
+    running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+    running_var.lerp_(unbiased_var.to(running_var.dtype), momentum)
 
 
 def iebn_reference(
@@ -49,7 +48,8 @@ def iebn_reference(
         if running_mean is not None and running_var is not None:
             count = x.shape[0] * x.shape[2] * x.shape[3]
             if torch.jit.is_tracing() or count > 0:  # an empty batch moves nothing
-                update_running(running_mean, running_var, mean, var * (count / (count - 1)), momentum)
+                with torch.no_grad():
+                    update_running(running_mean, running_var, mean, var * (count / (count - 1)), momentum)
     else:
         mean, var = running_mean.to(dtype), running_var.to(dtype)
         centered = wide - mean[:, None, None]
