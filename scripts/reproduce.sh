@@ -6,27 +6,25 @@
 #   DATA_DIR=/data/cifar100 scripts/reproduce.sh            with a copy of the data in place of the Hub's
 #   MODELS="resnet20_cifar" SEEDS=0 scripts/reproduce.sh epochs=1 milestones=[]     one short pass
 #
-# Finished runs are left alone, so that the same command goes on after a stop. Results: output/ARCH.TAG/, progress:
-# output/ARCH-seedN.log.
+# Finished runs are left alone, so that the same command goes on after a stop. Results are in OUTPUT (default: output/),
+# with what each run said in MODEL-seedN.log.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 models=${MODELS:-resnet164_cifar resnet20_cifar resnet56_cifar resnet110_cifar mobilenetv2_cifar resnext29_8x64d_cifar}
-seeds=${SEEDS:-0 1 2}
-mkdir -p output
+export OUTPUT=${OUTPUT:-output} DATA_DIR=${DATA_DIR:-}
+mkdir -p "$OUTPUT"
 
 run() {
     local model=$1 seed=$2
     shift 2
     echo "$model seed $seed: $(date -u +%H:%M)"
-    accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no scripts/train.py \
-        --recipe zoo/recipes/cifar100_authors.yaml --resume --data-dir "${DATA_DIR:-}" \
-        "model=$model" "seed=$seed" "$@" >>"output/$model-seed$seed.log" 2>&1 ||
-        { echo "$model seed $seed stopped: see output/$model-seed$seed.log"; exit 1; }
+    python scripts/train.py --recipe zoo/recipes/cifar100_authors.yaml --resume --data-dir "$DATA_DIR" \
+        --output-root "$OUTPUT" "model=$model" "seed=$seed" "$@" >>"$OUTPUT/$model-seed$seed.log" 2>&1 ||
+        { echo "$model seed $seed stopped: see $OUTPUT/$model-seed$seed.log"; exit 1; }
 }
 export -f run
-export DATA_DIR=${DATA_DIR:-}
 
-for seed in $seeds; do
+for seed in ${SEEDS:-0 1 2}; do
     for model in $models; do
         for norm in "" _iebn; do
             echo "$model$norm $seed"

@@ -18,7 +18,7 @@ from accelerate import PartialState
 
 import timm_iebn  # noqa: F401  registers the models
 from timm_iebn.checkpoint import CheckpointError
-from timm_iebn.data import open_data
+from timm_iebn.data import open_test_data
 from timm_iebn.evaluate import make_loader, make_share
 from timm_iebn.recipe import Recipe, RecipeError, load_recipe
 from timm_iebn.train import TRACKERS, Stopped, TrainingError, train
@@ -26,12 +26,12 @@ from timm_iebn.train import TRACKERS, Stopped, TrainingError, train
 RECIPES = Path(__file__).parents[1] / "zoo" / "recipes"
 
 
-def _default_folder(recipe: Recipe, resume: bool) -> Path:
-    """output/ARCH.TAG, named like a folder of the zoo; without `resume`, the first one that is free."""
+def _default_folder(root: Path, recipe: Recipe, resume: bool) -> Path:
+    """ARCH.TAG in `root`, named like a folder of the zoo; without `resume`, the first one that is free."""
     data, model = (
         name.rstrip("/").rpartition("/")[2].removeprefix("local-dir:") for name in (recipe.data, recipe.model)
     )
-    stem = Path("output") / f"{model.split('.')[0]}.{data}_{recipe.epochs}epochs_seed{recipe.seed}"
+    stem = root / f"{model.split('.')[0]}.{data}_{recipe.epochs}epochs_seed{recipe.seed}"
     if resume:
         return stem
     names = (stem if i == 1 else stem.with_name(f"{stem.name}-{i}") for i in range(1, 10_000))
@@ -40,7 +40,7 @@ def _default_folder(recipe: Recipe, resume: bool) -> Path:
 
 def _show_predictions(folder: Path, recipe: Recipe, data_dir: str) -> None:
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    _, test, classes = open_data(recipe, data_dir)
+    test, classes = open_test_data(recipe, data_dir)
     images, labels = (t[:8] for t in next(iter(make_loader(test, *make_share(model, test)).epoch())))
     with torch.no_grad():
         confidence, predicted = model(images).softmax(1).max(1)
@@ -53,7 +53,8 @@ def _show_predictions(folder: Path, recipe: Recipe, data_dir: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", type=Path, default=RECIPES / "digits.yaml")
-    parser.add_argument("--output", type=Path, help="a folder that does not exist yet (default: under output/)")
+    parser.add_argument("--output", type=Path, help="a folder that does not exist yet (default: one in --output-root)")
+    parser.add_argument("--output-root", type=Path, default=Path("output"), help="default: output/")
     parser.add_argument("--resume", action="store_true", help="go on with an unfinished run, if there is one")
     parser.add_argument("--data-dir", default="", help="where the data is, if not on the Hub: a folder or .tar file")
     parser.add_argument("--checkpoint-updates", type=int, default=500, help="beside those after each epoch; 0 for none")
@@ -63,13 +64,14 @@ def main() -> int:
     args = parser.parse_intermixed_args()
     try:
         recipe = load_recipe(args.recipe, args.overrides)
-        folder = args.output or _default_folder(recipe, args.resume)
+        folder = args.output or _default_folder(args.output_root, recipe, args.resume)
         row = train(recipe, folder, args.resume, args.data_dir, args.workers, args.checkpoint_updates, args.track)
     except (RecipeError, TrainingError, CheckpointError) as e:
         print(f"train.py: {e}", file=sys.stderr)
         return 2 if isinstance(e, RecipeError) else 1
     except Stopped as e:
-        print(f"train.py: {e}", file=sys.stderr)
+        if PartialState().is_main_process:
+            print(f"train.py: {e}", file=sys.stderr)
         return 128 + e.signum
     if PartialState().is_main_process:
         print(

@@ -15,7 +15,7 @@ import timm
 from accelerate import Accelerator
 
 import timm_iebn  # noqa: F401  registers the models
-from timm_iebn.data import open_data
+from timm_iebn.data import open_test_data
 from timm_iebn.evaluate import evaluate, make_loader, make_share
 from timm_iebn.recipe import Recipe, RecipeError, load_recipe
 
@@ -42,18 +42,19 @@ def main() -> int:
     args = parser.parse_args()
     try:
         recipe = _recipe(args)
-        _, test, classes = open_data(recipe, args.data_dir)
+        test, classes = open_test_data(recipe, args.data_dir)
         name = f"local-dir:{args.model}" if Path(args.model).is_dir() else args.model
         model = timm.create_model(name, pretrained=True)
         if model.num_classes != len(classes):
             raise RecipeError(
                 f"{args.model} tells {model.num_classes} classes apart, {recipe.data!r} has {len(classes)}"
             )
+        accelerator = Accelerator()
+        share, data_config = make_share(model, test, accelerator, recipe.channels_last)
+        loader = make_loader(test, share, data_config, workers=args.workers)
     except (RecipeError, RuntimeError, OSError, ValueError) as e:
         print(f"validate.py: {e}", file=sys.stderr)
         return 2
-    accelerator = Accelerator()
-    loader = make_loader(test, *make_share(model, test, accelerator), workers=args.workers)
     row = evaluate(model.to(accelerator.device), loader, accelerator)
     accelerator.print(
         f"{args.model}: test loss {row['test_loss']:.4f}"

@@ -360,3 +360,78 @@ def test_open_gates_are_batch_norm(path):
     y = path(x, weight, bias, closed, opened, *ours, True, 0.3, 1e-5)
     torch.testing.assert_close(y, F.batch_norm(x, *theirs, weight, bias, True, 0.3, 1e-5))
     torch.testing.assert_close(ours, theirs)
+
+
+def test_a_layer_used_twice_has_its_gradients_once(backend):
+    """With create_graph=True too, where one input of the second use is a function of the others."""
+    (x, *params), _ = draw((3, 4, 5, 6))
+    inputs = [t.requires_grad_() for t in (x, *params)]
+    found = []
+    for function in (iebn_eager, iebn_reference):
+        y = function(torch.relu(function(*inputs, None, None, True, 0.1, 1e-5)), *params, None, None, True, 0.1, 1e-5)
+        first = torch.autograd.grad((y**3).sum(), inputs, create_graph=True)
+        second = torch.autograd.grad(sum((d**2).sum() for d in first), inputs)
+        found.append((*first, *second))
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7FC00001, -1])
+@pytest.mark.parametrize("where", ["x", "gate_bias"])
+def test_every_kind_of_nan_stays_one(bits, where, backend):
+    (x, *params), _ = draw((2, 8, 4, 4))
+    x, weight, bias, gate_weight, gate_bias = (t.float() for t in (x, *params))
+    nan = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    dict(x=x[:, 3], gate_bias=gate_bias[3:4])[where][:] = nan
+    running = torch.zeros(8), torch.ones(8)
+    y = iebn_eager(x, weight, bias, gate_weight, gate_bias, *running, False, 0.1, 1e-5)
+    assert torch.equal(y.isnan().all((0, 2, 3)), torch.arange(8) == 3)
+
+
+@pytest.mark.parametrize("place", [0, 4999])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+def test_infinity_is_the_same_wherever_it_stands(place, layout, backend):
+    x = torch.randn(1, 2, 100, 50)
+    x[0, 0].view(-1)[place] = float("inf")
+    one = torch.ones(2)
+    args = x.contiguous(memory_format=layout), one, 0 * one, 0.5 * one, 0 * one, 0 * one, one, False, 0.1, 1e-5
+    torch.testing.assert_close(iebn_eager(*args), iebn_reference(*args))
+
+
+def strided(t):
+    return torch.stack([t, 0 * t], -1)[..., 0]
+
+
+@pytest.mark.parametrize("unpack", [strided, torch._neg_view], ids=["strided", "negative"])
+def test_what_autograd_gives_back_may_lie_in_another_way(unpack, backend):
+    (x, *params), grad = draw((2, 40, 8, 8))
+    inputs = [t.float().requires_grad_() for t in (x, *params)]
+    y = iebn_eager(*inputs, None, None, True, 0.1, 1e-5)
+    expected = torch.autograd.grad(y, inputs, grad.float())
+    pack = torch._neg_view if unpack is torch._neg_view else lambda t: t
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        y = iebn_eager(*inputs, None, None, True, 0.1, 1e-5)
+    for ours, theirs in zip(torch.autograd.grad(y, inputs, strided(grad.float())), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_negated_views_are_read_as_what_they_are(backend):
+    (x, *params), grad = draw((2, 8, 4, 4))
+    x, grad, params = x.float().requires_grad_(), grad.float(), [p.float() for p in params]
+    found = []
+    for view in (torch.neg, torch._neg_view):
+        y = iebn_eager(view(x), *map(view, params), None, None, True, 0.1, 1e-5)
+        found += [(y, *torch.autograd.grad(y, x, view(grad)))]
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_parameters_of_another_shape_are_refused_before_anything_moves():
+    (x, weight, bias, gate_weight, gate_bias), _ = draw((2, 8, 4, 4))
+    running = torch.zeros(8), torch.ones(8)
+    for wrong in range(4):
+        params = [weight, bias, gate_weight, gate_bias]
+        params[wrong] = torch.ones(1)
+        with pytest.raises(RuntimeError, match="one shape|channels"):
+            iebn(x.float(), *(p.float() for p in params), *running, None, True, 0.1, 1e-5)
+    assert running[0].eq(0).all()

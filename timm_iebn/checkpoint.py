@@ -83,6 +83,11 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise CheckpointError(f"can't write {path}: {reason}; {len(data) / 1e6:.1f} MB are needed") from e
 
 
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where `save_checkpoint` writes."""
+    return folder / f"{step:09d}.safetensors"
+
+
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
     """Writes `state`, a tree of dicts, lists, tensors and plain values, and removes all but the last checkpoints.
 
@@ -92,7 +97,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
     tensors: dict[str, Tensor] = {}
     tree = json.dumps(_flatten(state, tensors))
     metadata = dict(tree=tree, sha256=_digest(tree, tensors))
-    path = folder / f"{step:09d}.safetensors"
+    path = checkpoint_path(folder, step)
     write_atomically(path, safetensors.torch.save(tensors, metadata))
     for old in sorted(folder.glob("*.safetensors"))[:-KEPT]:
         old.unlink(missing_ok=True)
@@ -118,17 +123,22 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def load_latest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest whole checkpoint in `folder` with its path; warns of torn ones. None where there is no checkpoint.
+    """The newest whole checkpoint in `folder` with its path; warns of torn ones that are newer, and removes them, so
+    that they are not among the last two that are kept. None where there is no checkpoint.
 
     Raises:
         CheckpointError: there are checkpoints, but none is whole.
     """
     paths = sorted(folder.glob("*.safetensors"), reverse=True)
-    for path in paths:
+    for i, path in enumerate(paths):
         try:
-            return path, read_checkpoint(path)
+            state = read_checkpoint(path)
         except CheckpointError as e:
             warnings.warn(f"{e}; trying the one before", stacklevel=2)
+            continue
+        for torn in paths[:i]:
+            torn.unlink()
+        return path, state
     if paths:
         raise CheckpointError(f"no checkpoint in {folder} is whole: remove the folder to start again")
     return None

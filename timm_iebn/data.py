@@ -1,25 +1,26 @@
 """Training and test data behind one small interface: `Loader.epoch(n)` gives the normalised batches of an epoch.
 
 What a batch holds is a function of the seed, the epoch and its place in it, so that a run can go on in mid-epoch, and
-of nothing that depends on the number of processes or workers.
+not of the number of workers. Nor does it depend on the number of processes, but for what random erasing fills in.
 """
 
 import hashlib
 import random
-from collections.abc import Iterator
+import signal
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from timm.data import create_dataset, create_transform
+from timm.data import create_dataset, create_transform, str_to_interp_mode
 from timm.data.loader import fast_collate
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip
+from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip, Resize
 
 from .recipe import Recipe, RecipeError
 
@@ -166,6 +167,8 @@ class Loader:
                 raise RecipeError(f"batch_size: mixup and cutmix pair images; {recipe.batch_size // parts} is odd")
             if recipe.batch_size > size:
                 raise RecipeError(f"batch_size: {recipe.batch_size} is more than the {size} training images")
+        elif size == 0:
+            raise RecipeError("data: the test split is empty")
         self.mean, self.std = (
             torch.tensor(v, device=share.device).view(-1, 1, 1) * 255 for v in (share.mean, share.std)
         )
@@ -217,6 +220,8 @@ class MemoryLoader(Loader):
     def __init__(self, split: Images, share: Share, recipe: Recipe | None = None) -> None:
         super().__init__(len(split), share, recipe)
         self.images, self.labels = split.images.to(share.device), split.labels.to(share.device)
+        if recipe:
+            _check_padding(recipe, self.images.shape[2:])
 
     def _batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         device = self.share.device
@@ -262,6 +267,17 @@ class _Reproducible(Dataset):
         return self.transform(image.convert("RGB")), label
 
 
+def _ignore_signals(_: int) -> None:
+    """A signal to the whole group of processes must not take a worker from the trainer, which ends them itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _check_padding(recipe: Recipe, size: Sequence[int]) -> None:
+    if recipe.crop == "pad" and recipe.crop_padding >= min(size):
+        raise RecipeError(f"crop_padding: {recipe.crop_padding} is too much for images of {size[0]}x{size[1]}")
+
+
 class TimmLoader(Loader):
     """Batches of any map-style data set of timm, through timm's transforms in worker processes."""
 
@@ -274,8 +290,13 @@ class TimmLoader(Loader):
         workers: int = 0,
     ) -> None:
         super().__init__(len(dataset), share, recipe)
-        transform = _train_transform(recipe, data_config) if recipe else _test_transform(data_config)
-        self.dataset = _Reproducible(dataset, transform, recipe.seed if recipe else 0)
+        try:
+            transform = _train_transform(recipe, data_config) if recipe else _test_transform(data_config)
+            self.dataset = _Reproducible(dataset, transform, recipe.seed if recipe else 0)
+            self.dataset[0]  # transforms say what they can't do when they are used
+        except (AssertionError, KeyError, ValueError, TypeError, AttributeError, OSError) as e:
+            given = f"auto_augment {recipe.auto_augment!r}, " if recipe else ""
+            raise RecipeError(f"data: can't load an image with {given}{data_config}: {type(e).__name__}: {e}") from e
         self.workers = workers
 
     def _batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -287,6 +308,7 @@ class TimmLoader(Loader):
             num_workers=self.workers,
             collate_fn=fast_collate,
             pin_memory=device.type == "cuda",
+            worker_init_fn=_ignore_signals,
         )
         for images, labels in loader:
             yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
@@ -311,7 +333,9 @@ def _train_transform(recipe: Recipe, data_config: dict[str, Any]) -> Any:
         separate=True,
     )
     if recipe.crop == "pad":
-        first = Compose([RandomCrop(size[1:], padding=recipe.crop_padding), RandomHorizontalFlip(flip)])
+        _check_padding(recipe, size[1:])
+        resize = Resize(size[1:], str_to_interp_mode(data_config["interpolation"]))  # leaves images of that size alone
+        first = Compose([resize, RandomCrop(size[1:], padding=recipe.crop_padding), RandomHorizontalFlip(flip)])
     return Compose([first, *rest])
 
 
@@ -321,18 +345,27 @@ def open_data(recipe: Recipe, data_dir: str = "") -> tuple[Images | Dataset, Ima
     Raises:
         RecipeError: as `open_split` and `load_images`; or the splits do not have the same classes.
     """
-    if recipe.loader == "memory":
-        train, test = (load_images(recipe, split, data_dir) for split in (recipe.train_split, recipe.test_split))
-        classes, test_classes = train.classes, test.classes
-    elif recipe.data == "digits":
-        raise RecipeError("loader: 'digits' are in memory only, got 'timm'")
-    else:
-        (train, classes), (test, test_classes) = (
-            open_split(recipe, split, data_dir) for split in (recipe.train_split, recipe.test_split)
-        )
-    if len(classes) < 2:
-        raise RecipeError(f"data: {recipe.data!r} does not say what its classes are (found {classes})")
+    train, classes = _open(recipe, recipe.train_split, data_dir)
+    test, test_classes = open_test_data(recipe, data_dir)
     if classes != test_classes:
         odd = sorted(set(classes) ^ set(test_classes))[:5]
         raise RecipeError(f"data: training and test split of {recipe.data!r} do not have the same classes: {odd}")
     return train, test, classes
+
+
+def open_test_data(recipe: Recipe, data_dir: str = "") -> tuple[Images | Dataset, list[str]]:
+    """The test split alone, and the names of its classes."""
+    return _open(recipe, recipe.test_split, data_dir)
+
+
+def _open(recipe: Recipe, split: str, data_dir: str) -> tuple[Images | Dataset, list[str]]:
+    if recipe.loader == "memory":
+        images = load_images(recipe, split, data_dir)
+        found = images, images.classes
+    elif recipe.data == "digits":
+        raise RecipeError("loader: 'digits' are in memory only, got 'timm'")
+    else:
+        found = open_split(recipe, split, data_dir)
+    if len(found[1]) < 2:
+        raise RecipeError(f"data: {recipe.data!r} does not say what its classes are (found {found[1]})")
+    return found

@@ -10,12 +10,15 @@ from typing import Any, get_origin
 import yaml
 
 _CHOICES = dict(
-    sched=("multistep", "cosine"),
+    sched=("multistep", "cosine", "tanh", "poly"),
     loader=("memory", "timm"),
     crop=("pad", "resized"),
     precision=("no", "bf16", "fp16"),
 )
+_POSITIVE = ("epochs", "batch_size", "grad_accumulation", "lr", "decay_rate")
 _NOT_NEGATIVE = ("weight_decay", "clip_grad", "warmup_epochs", "min_lr", "crop_padding", "mixup", "cutmix")
+_BELOW_ONE = ("momentum", "label_smoothing", "ema_decay")
+_PREPROCESSING = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
 
 
 def _is_number(value: int | str) -> bool:
@@ -39,17 +42,22 @@ class Recipe:
     test_split: str = "test"
     pretrained: bool = False  # start from the weights of the model's tag, folder or id
     model_args: dict[str, Any] = field(default_factory=dict)  # for timm.create_model: drop_path_rate and the like
+    data_config: dict[str, Any] = field(
+        default_factory=dict
+    )  # instead of the model's: timm's input_size, mean, std, ...
     epochs: int = 164
     batch_size: int = 128  # images between two updates, over all processes
     grad_accumulation: int = 1  # in so many parts, each with its own batch statistics
     opt: str = "momentum"  # a name of timm: plain momentum (its 'sgd' is Nesterov)
     lr: float = 0.1
     momentum: float = 0.9
+    opt_args: dict[str, Any] = field(default_factory=dict)  # further ones of timm's optimizer: betas, eps
     weight_decay: float = 1e-4
     decay_norms: bool = True  # weight decay on norms, biases and gates too, as the authors do and timm does not
     clip_grad: float = 0.0  # largest norm of the gradient; 0 for no limit
     sched: str = "multistep"
-    milestones: tuple[int, ...] = (81, 122)
+    milestones: tuple[int, ...] = (81, 122)  # epochs after which multistep multiplies the rate by decay_rate
+    decay_rate: float = 0.1
     warmup_epochs: int = 0
     min_lr: float = 0.0
     loader: str = "memory"  # 'memory' for small images, 'timm' for timm's transforms in worker processes
@@ -61,11 +69,12 @@ class Recipe:
     mixup: float = 0.0  # alpha, as is cutmix; with both, one of them by turns at random
     cutmix: float = 0.0
     label_smoothing: float = 0.0
-    ema_decay: float = 0.0  # above 0, the averaged weights are evaluated and saved
+    ema_decay: float = 0.0  # above 0, the averaged weights are evaluated and saved; with timm's warmup
     precision: str = "no"
     channels_last: bool = True
     compile: bool = False
-    grad_checkpointing: bool = False
+    grad_checkpointing: bool = False  # runs layers twice, and so moves running statistics by twice their momentum
+    sync_norms: bool = True  # with several processes
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -83,15 +92,20 @@ class Recipe:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise RecipeError(f"{name}: must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        for name in ("epochs", "batch_size", "grad_accumulation", "lr"):
+        for name in _POSITIVE:
             if not 0 < getattr(self, name) < math.inf:
                 raise RecipeError(f"{name}: must be more than 0, got {getattr(self, name)!r}")
-        for name in ("momentum", "random_erasing", "label_smoothing", "ema_decay"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise RecipeError(f"{name}: must be between 0 and 1, got {getattr(self, name)!r}")
+        for name in _BELOW_ONE:
+            if not 0 <= getattr(self, name) < 1:
+                raise RecipeError(f"{name}: must be at least 0 and less than 1, got {getattr(self, name)!r}")
+        if not 0 <= self.random_erasing <= 1:
+            raise RecipeError(f"random_erasing: must be between 0 and 1, got {self.random_erasing!r}")
         for name in _NOT_NEGATIVE:
             if not 0 <= getattr(self, name) < math.inf:
                 raise RecipeError(f"{name}: must not be negative, got {getattr(self, name)!r}")
+        if self.min_lr > self.lr:
+            raise RecipeError(f"min_lr: {self.min_lr} is more than lr {self.lr}")
+        self._check_data_config()
         if not all(type(m) is int and m > 0 for m in self.milestones) or sorted(self.milestones) != [*self.milestones]:
             raise RecipeError(f"milestones: expected epochs in order, got {list(self.milestones)!r}")
         if len(set(self.milestones)) < len(self.milestones):
@@ -109,6 +123,20 @@ class Recipe:
             raise RecipeError(
                 f"grad_accumulation: {self.grad_accumulation} does not divide batch_size {self.batch_size}"
             )
+
+    def _check_data_config(self) -> None:
+        for key, value in self.data_config.items():
+            if key not in _PREPROCESSING:
+                raise RecipeError(f"data_config: unknown key {key!r}; known keys: {', '.join(_PREPROCESSING)}")
+            if key in ("input_size", "mean", "std"):
+                kind = int if key == "input_size" else (int, float)
+                is_list = isinstance(value, list) and all(
+                    isinstance(v, kind) and not isinstance(v, bool) for v in value
+                )
+                if not is_list or (key != "mean" and min(value, default=0) <= 0):
+                    raise RecipeError(f"data_config: {key} must be a list of numbers above 0, got {value!r}")
+                if key == "input_size" and len(value) != 3:
+                    raise RecipeError(f"data_config: input_size is [channels, height, width], got {value!r}")
 
     def to_yaml(self) -> str:
         """The recipe as YAML that `load_recipe` reads back."""
@@ -131,7 +159,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
                 raise RecipeError(f"{override!r}: overrides are written key=value")
             if values is not None:
                 values[key] = yaml.safe_load(value)
-    except (OSError, yaml.YAMLError) as e:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
         raise RecipeError(f"can't read the recipe {path}: {e}") from e
     if values is None:
         raise RecipeError(f"{path} is not a recipe: it must hold one YAML mapping")

@@ -1,7 +1,9 @@
 """The training loop: a recipe in, a model folder out; stopped at any moment, it goes on from its last checkpoint."""
 
+import hashlib
 import importlib.util
 import math
+import os
 import shutil
 import signal
 import threading
@@ -12,7 +14,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import timm
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
@@ -20,18 +21,19 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError
 from timm.data import Mixup
-from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .checkpoint import CheckpointError, load_latest, save_checkpoint, write_atomically
+from .build import create_model, create_optimizer
+from .checkpoint import CheckpointError, checkpoint_path, load_latest, save_checkpoint, write_atomically
 from .convert import convert_sync_batchnorm
 from .data import Images, open_data, seed_everything
 from .evaluate import evaluate, make_loader, make_share
-from .recipe import Recipe, RecipeError, load_recipe
-from .zoo import log_text, read_log, save_model_folder
+from .folder import check_output, finished_row, folder_lock, on_main, open_folder, work_folder
+from .recipe import Recipe, RecipeError
+from .zoo import log_text, save_model_folder
 
 TRACKERS = ("tensorboard", "wandb")
 _SPREAD = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
@@ -51,16 +53,6 @@ class Stopped(Exception):
         self.signum = signum
 
 
-def _create_model(recipe: Recipe, num_classes: int, split: Any) -> nn.Module:
-    in_chans = split.images.shape[1] if isinstance(split, Images) else 3
-    try:
-        return timm.create_model(
-            recipe.model, pretrained=recipe.pretrained, num_classes=num_classes, in_chans=in_chans, **recipe.model_args
-        )
-    except (RuntimeError, ValueError, TypeError, OSError) as e:
-        raise RecipeError(f"model: can't create {recipe.model!r} with model_args {recipe.model_args}: {e}") from e
-
-
 class Trainer:
     """One run of a recipe on whatever `accelerate` was launched on.
 
@@ -78,9 +70,8 @@ class Trainer:
         trackers: Sequence[str] = (),
     ) -> None:
         self.recipe, self.output = recipe, output
-        self.folder = output.with_name(output.name + ".run")
+        self.folder = work_folder(output)
         self.checkpoint_updates = checkpoint_updates
-        _check_output(recipe, output, self.folder, resume)
         for tracker in trackers:
             if importlib.util.find_spec(tracker) is None:
                 raise RecipeError(f"track: {tracker!r} is not installed: pip install {tracker}")
@@ -91,20 +82,22 @@ class Trainer:
             log_with=list(trackers) or None,
             project_dir=self.folder,
         )
-        if self.accelerator.distributed_type not in _SPREAD:
-            raise RecipeError(
-                f"accelerate: {self.accelerator.distributed_type.value} is not supported: use plain processes"
-            )
-        if recipe.precision == "fp16" and self.accelerator.device.type == "cpu":
+        if (launched := int(os.environ.get("WORLD_SIZE", 1))) != self.accelerator.num_processes:
+            raise RecipeError(f"accelerate: {launched} processes were launched for one: set ACCELERATE_USE_CPU=true")
+        kind, device = self.accelerator.distributed_type.value, self.accelerator.device.type
+        if self.accelerator.distributed_type not in _SPREAD or device == "mps":  # which lacks float64
+            raise RecipeError(f"accelerate: {kind} on {device} is not supported: use plain processes on CPU or CUDA")
+        if recipe.precision == "fp16" and device == "cpu":
             raise RecipeError("precision: 'fp16' needs a GPU: use bf16 or no")
+        on_main(lambda: check_output(recipe, output, resume))
         set_seed(recipe.seed)
         self._build(data_dir, workers)
-        if self.accelerator.is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.folder / "recipe.yaml", recipe.to_yaml().encode())
-        self.accelerator.wait_for_everyone()
+        self.lock = folder_lock(output)
+        on_main(lambda: open_folder(recipe, output, resume, self.lock))
         config = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in asdict(recipe).items()}
-        self.accelerator.init_trackers("timm-iebn", config)
+        run_id = hashlib.sha256(f"{output.resolve()}\n{recipe.to_yaml()}".encode()).hexdigest()[:16]
+        wandb = dict(dir=str(self.folder), name=output.name, id=run_id, resume="allow")
+        self.accelerator.init_trackers("timm-iebn", config, dict(wandb=wandb))
 
         self.epoch, self.step = 0, 0  # the next batch
         self.rows: list[dict[str, Any]] = []
@@ -133,13 +126,14 @@ class Trainer:
     def _build(self, data_dir: str, workers: int) -> None:
         recipe, accelerator = self.recipe, self.accelerator
         train_split, test_split, self.classes = open_data(recipe, data_dir)
-        net = _create_model(recipe, len(self.classes), train_split)
-        share, self.data_config = make_share(net, train_split, accelerator, recipe.channels_last)
+        in_chans = train_split.images.shape[1] if isinstance(train_split, Images) else 3
+        net = create_model(recipe, len(self.classes), in_chans)
+        share, self.data_config = make_share(net, train_split, accelerator, recipe.channels_last, recipe.data_config)
         self.train_loader = make_loader(train_split, share, self.data_config, recipe, workers)
         self.test_loader = make_loader(test_split, share, self.data_config, None, workers)
         if recipe.grad_checkpointing:
             net.set_grad_checkpointing()
-        if accelerator.num_processes > 1:
+        if accelerator.num_processes > 1 and recipe.sync_norms:
             convert_sync_batchnorm(net)
         layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
         self.net = net.to(accelerator.device, memory_format=layout)
@@ -153,17 +147,7 @@ class Trainer:
                 label_smoothing=recipe.label_smoothing,
                 num_classes=len(self.classes),
             )
-        try:
-            optimizer = create_optimizer_v2(
-                net,
-                opt=recipe.opt,
-                lr=recipe.lr,
-                momentum=recipe.momentum,
-                weight_decay=recipe.weight_decay,
-                filter_bias_and_bn=not recipe.decay_norms,
-            )
-        except ValueError as e:
-            raise RecipeError(f"opt: {e}") from e
+        optimizer = create_optimizer(recipe, self.net)
         self.updates_per_epoch = len(self.train_loader) // recipe.grad_accumulation
         self.scheduler, _ = create_scheduler_v2(
             optimizer,
@@ -171,6 +155,7 @@ class Trainer:
             num_epochs=recipe.epochs,
             # timm lets an epoch's last update have the next one's rate; half an update later is right
             decay_milestones=[m + 0.5 / self.updates_per_epoch for m in recipe.milestones],
+            decay_rate=recipe.decay_rate,
             warmup_epochs=recipe.warmup_epochs,
             warmup_lr=recipe.lr / 10,
             min_lr=recipe.min_lr,
@@ -200,6 +185,7 @@ class Trainer:
         # the sums of all processes; each keeps its own, so that they are added once
         sums = self.accelerator.reduce(self.sums[:3].clone())
         if not self.accelerator.is_main_process:
+            self.last_checkpoint = checkpoint_path(self.folder, self.updates)
             return
         scaler = self.accelerator.scaler
         state = dict(
@@ -215,7 +201,7 @@ class Trainer:
         self.last_checkpoint = save_checkpoint(self.folder, self.updates, state)
 
     def _resume(self) -> None:
-        found = load_latest(self.folder)
+        found = on_main(lambda: load_latest(self.folder))
         if found is None:
             return
         self.last_checkpoint, state = found
@@ -250,13 +236,16 @@ class Trainer:
     def _on_signal(self, signum: int, _: FrameType | None) -> None:
         self.signum = signum
         signal.signal(signum, signal.SIG_DFL)  # the second one stops at once
-        self.accelerator.set_trigger()
 
     def _is_stopped(self) -> bool:
         if self.accelerator.num_processes == 1:
             return self.signum != 0
         # by all processes after the same batch; asking waits for the device, so not after each
-        return (self.updates % 16 == 0 or self.step == 0) and self.accelerator.check_trigger()
+        if self.updates % 16 and self.step:
+            return False
+        if self.signum:
+            self.accelerator.set_trigger()
+        return self.accelerator.check_trigger()
 
     # ---- the loop
 
@@ -359,31 +348,13 @@ class Trainer:
         try:
             save_model_folder(net, self.output, self.recipe, self.rows, self.classes, self.data_config)
         except (OSError, SafetensorError) as e:
-            shutil.rmtree(self.output.with_name(self.output.name + ".partial"), ignore_errors=True)
             raise CheckpointError(
                 f"can't write {self.output}: {e}; the run is done, {self.last_checkpoint} is whole: --resume writes it"
             ) from e
         for path in self.folder.glob("*.safetensors"):
             path.unlink()
-        if {p.name for p in self.folder.iterdir()} <= {"recipe.yaml", "log.csv"}:  # nothing that the output lacks
+        if {p.name for p in self.folder.iterdir()} <= {"recipe.yaml", "log.csv", "lock"}:  # the output has it all
             shutil.rmtree(self.folder)
-
-
-def _check_output(recipe: Recipe, output: Path, folder: Path, resume: bool) -> None:
-    if output.exists():
-        raise RecipeError(f"output: {output} exists already; choose another folder or move it away")
-    if not folder.exists():
-        return
-    if not resume:
-        raise RecipeError(f"output: {folder} holds an unfinished run; --resume goes on with it, or move it away")
-    if (folder / "recipe.yaml").exists():
-        _check_same_recipe(recipe, folder)
-
-
-def _check_same_recipe(recipe: Recipe, folder: Path) -> None:
-    before, now = asdict(load_recipe(folder / "recipe.yaml")), asdict(recipe)
-    if changed := [f"{k}: {before[k]!r} became {now[k]!r}" for k in now if before[k] != now[k]]:
-        raise RecipeError(f"resume: {folder} was started with another recipe ({'; '.join(changed)})")
 
 
 def train(
@@ -406,6 +377,8 @@ def train(
         checkpoint_updates: a checkpoint after so many updates, beside that after each epoch; 0 for none.
         trackers: of `TRACKERS`, through accelerate.
 
+    With several processes, the folders are those of the main process.
+
     Raises:
         RecipeError: something is impossible; before the first step, and nothing is written.
         TrainingError: the loss is not finite.
@@ -413,14 +386,16 @@ def train(
         Stopped: SIGTERM or Ctrl-C; a checkpoint is written.
     """
     output = Path(output)
-    if resume and (output / "log.csv").exists():
-        _check_same_recipe(recipe, output)
-        return read_log(output / "log.csv")[-1]
+    if resume and (row := on_main(lambda: finished_row(recipe, output))):
+        return row
+    if workers < 0 or checkpoint_updates < 0:
+        raise RecipeError(f"workers and checkpoint_updates must not be negative, got {workers}, {checkpoint_updates}")
     trainer = Trainer(recipe, output, resume, data_dir, workers, checkpoint_updates, trackers)
     signals = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
     before = {s: signal.signal(s, trainer._on_signal) for s in signals}
     try:
         return trainer.fit()
     finally:
+        trainer.lock.release()
         for s, handler in before.items():
             signal.signal(s, handler)

@@ -2,6 +2,8 @@
 
 import csv
 import io
+import json
+import os
 import platform
 import shutil
 import statistics
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import yaml
 from matplotlib.figure import Figure
 from timm.models._hub import save_config_for_hf
 from torch import nn
@@ -66,19 +69,37 @@ def save_model_folder(
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_weights(model, partial / WEIGHTS)
+    try:
+        _write_files(model, partial, recipe, rows, classes, data_config)
+        for path in partial.iterdir():  # on the disk before the name is, and before the caller removes checkpoints
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _write_files(
+    model: nn.Module,
+    folder: Path,
+    recipe: Recipe,
+    rows: list[dict[str, Any]],
+    classes: list[str],
+    data_config: dict[str, Any],
+) -> None:
+    save_weights(model, folder / WEIGHTS)
     label_names = dict(label_names=classes, pretrained_cfg=dict(tag="", crop_pct=data_config["crop_pct"]))
-    save_config_for_hf(model, str(partial / "config.json"), model_config=label_names, data_config=data_config)
-    (partial / "recipe.yaml").write_text(recipe.to_yaml())
-    (partial / "log.csv").write_text(log_text(rows))
-    plot_curves(rows, partial / "curves.png", recipe.model)
+    save_config_for_hf(model, str(folder / "config.json"), model_config=label_names, data_config=data_config)
+    (folder / "recipe.yaml").write_text(recipe.to_yaml())
+    (folder / "log.csv").write_text(log_text(rows))
+    plot_curves(rows, folder / "curves.png", recipe.model)
     versions = [f"{name}=={version(name)}" for name in _PACKAGES]
     python = f"# Python {platform.python_version()}, {platform.system()} {platform.machine()}"
-    (partial / "environment.txt").write_text("\n".join([python, *versions]) + "\n")
+    (folder / "environment.txt").write_text("\n".join([python, *versions]) + "\n")
     norm = _IEBN if any(isinstance(m, IEBN2d) for m in model.modules()) else "Batch norm, the twin of an IEBN network"
     fields = dict(model=recipe.model, data=recipe.data, norm=norm, epochs=recipe.epochs, seed=recipe.seed)
-    (partial / "README.md").write_text(_CARD.format(**fields, **{k: rows[-1][k] for k in ("test_top1", "test_top5")}))
-    partial.rename(folder)
+    (folder / "README.md").write_text(_CARD.format(**fields, **{k: rows[-1][k] for k in ("test_top1", "test_top5")}))
 
 
 def log_text(rows: list[dict[str, Any]]) -> str:
@@ -117,33 +138,41 @@ def results_table(zoo: Path) -> str:
     """The results of all model folders in `zoo` as a Markdown table, each network beside its batch-norm twin.
 
     A row holds runs that differ in norm and seed only: mean and standard deviation of the last epoch's top-1.
+
+    Raises:
+        ValueError: two folders hold the same run.
     """
-    groups = defaultdict(lambda: defaultdict(list))
+    rows = defaultdict(lambda: ({}, {}))  # of a recipe: name and top-1 of each seed, with batch norm and with IEBN
     for path in sorted(zoo.glob("*/recipe.yaml")):
         recipe, folder = load_recipe(path), path.parent
-        twin = recipe.model.removesuffix("_iebn")
-        top1 = read_log(folder / "log.csv")[-1]["test_top1"]
-        groups[replace(recipe, model=twin, seed=0).to_yaml()][recipe.model != twin].append((top1, recipe, folder.name))
+        model = json.loads((folder / "config.json").read_text())["architecture"]
+        model_args = {k: v for k, v in recipe.model_args.items() if k != "norm_layer"}
+        is_iebn = model.endswith("_iebn") or str(recipe.model_args.get("norm_layer")).startswith("iebn")
+        key = replace(recipe, model=model.removesuffix("_iebn"), model_args=model_args, seed=0).to_yaml()
+        runs = rows[key][is_iebn]
+        if recipe.seed in runs:
+            raise ValueError(f"{folder.name} is the same run as {runs[recipe.seed][0]}: remove one of them")
+        runs[recipe.seed] = folder.name, read_log(folder / "log.csv")[-1]["test_top1"]
     lines = [
         "| Network | Data | Epochs | Batch norm | IEBN | Paper: batch norm, IEBN | Runs |",
         "|---|---|---|---|---|---|---|",
     ]
-    for sides in groups.values():
-        recipe = next(iter(sides.values()))[0][1]
-        twin, data = recipe.model.removesuffix("_iebn"), recipe.data.rpartition("/")[2]
-        paper = ", ".join(_PAPER.get((name, data), "-") for name in (twin, f"{twin}_iebn"))
-        logs = [f"[{n}]({n}/log.csv)" for side in (False, True) for _, _, n in sides.get(side, [])]
-        cells = (twin, data, str(recipe.epochs), *(_mean(sides.get(side, [])) for side in (False, True)), paper)
-        lines.append(f"| {' | '.join(cells)} | {' '.join(logs)} |")
+    for key, sides in rows.items():
+        recipe = Recipe(**yaml.safe_load(key))
+        data = recipe.data.rpartition("/")[2]
+        paper = "-" if recipe.pretrained else ", ".join(_PAPER.get((recipe.model, data), ("-", "-")))
+        logs = [f"[{name}]({name}/log.csv)" for runs in sides for name, _ in runs.values()]
+        name = f"{recipe.model}, fine-tuned" if recipe.pretrained else recipe.model
+        results = (_mean([top1 for _, top1 in runs.values()]) for runs in sides)
+        lines.append(f"| {' | '.join((name, data, str(recipe.epochs), *results, paper))} | {' '.join(logs)} |")
     return "\n".join(lines) + "\n"
 
 
-# arXiv 1908.04008
-_PAPER = {("resnet164_cifar", "cifar100"): "74.29", ("resnet164_cifar_iebn", "cifar100"): "77.09"}
+# arXiv 1908.04008: batch norm, IEBN
+_PAPER = {("resnet164_cifar", "cifar100"): ("74.29", "77.09")}
 
 
-def _mean(runs: list[tuple[float, Recipe, str]]) -> str:
-    top1 = [run[0] for run in runs]
+def _mean(top1: list[float]) -> str:
     if len(top1) < 2:
         return f"{top1[0]:.2f} (one seed)" if top1 else "-"
     return f"{statistics.mean(top1):.2f} ± {statistics.stdev(top1):.2f} ({len(top1)} seeds)"

@@ -71,14 +71,19 @@ def iebn(
 
     Raises:
         ValueError: `x` is not 4D, or training with one value per channel.
-        RuntimeError: `x` has another number of channels than the parameters.
+        RuntimeError: `x` has another number of channels than the parameters, or these differ.
         NotImplementedError: `x` is not floating point.
     """
+    vectors = weight, bias, gate_weight, gate_bias, running_mean, running_var
     tracing = torch.jit.is_tracing()  # where sizes are tensors that must not be branched on
     if not tracing:
         # with several ranks one value in each is enough
         check_input(x, gate_weight.shape[0], (training or running_mean is None) and group is None)
-    tensors = (x, weight, bias, gate_weight, gate_bias, running_mean, running_var)
+        if any(v is not None and v.shape != gate_weight.shape for v in vectors):
+            raise RuntimeError(
+                f"expected parameters of one shape, got {[v if v is None else list(v.shape) for v in vectors]}"
+            )
+    tensors = (x, *vectors)
     # tensor subclasses (fake, distributed) and meta tensors have no values to look at or memory to keep
     symbolic = tracing or torch.compiler.is_compiling() or type(x) is not Tensor or x.is_meta
     share = batch_share(num_batches_tracked, momentum, training)

@@ -1,14 +1,15 @@
 // The four passes of IEBN on CPU, for float32 and bfloat16, NCHW and channels last. `cpu.py` calls them, and says what
 // their arguments are.
 //
-// A task is some channels of one image: all of them in channels last if there are images enough, one in NCHW. It walks
-// its data in blocks, and these in strips of up to four vectors of 8 lanes; a lane is a channel in channels last and a
-// position in NCHW. The order of every sum depends on the shape alone, not on the number of threads.
+// The work is cut into images or less, then into blocks, and these into strips of up to four vectors of 8 lanes; a lane
+// is a channel in channels last and a position in NCHW. The order of every sum depends on the shape alone, not on the
+// number of threads.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <new>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -20,7 +21,7 @@
 namespace {
 
 constexpr int LANES = 8, GROUP = 32;  // values in a vector, and at most in a row of a strip
-constexpr long BLOCK = 4096;  // values, which fit the first cache and are few enough to be added up one by one
+constexpr int64_t BLOCK = 4096;  // values in a block, which the first cache holds; few enough to be added up one by one
 
 typedef float Vec __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
@@ -62,7 +63,7 @@ void unroll(Body body) {
 // `WHOLE` strips have LANES lanes in every vector, others fewer: then the lanes beyond are read as zero.
 template <int V, bool WHOLE, bool CHANNELS_LAST>
 struct Strip {
-    long offset, rows, stride, c;
+    int64_t offset, rows, stride, c;
     int lanes;
 
     template <class T>
@@ -80,12 +81,12 @@ struct Strip {
     }
 
     template <class T>
-    Vec at(const T* x, long row, int v) const {
+    Vec at(const T* x, int64_t row, int v) const {
         return load(x + offset + row * stride + v * LANES);
     }
 
     template <class T>
-    void put(Vec value, T* y, long row, int v) const {
+    void put(Vec value, T* y, int64_t row, int v) const {
         store(value, y + offset + row * stride + v * LANES);
     }
 
@@ -111,7 +112,7 @@ struct Strip {
     template <int K, class Term>
     void sums(float* const (&per_channel)[K], Term term) const {
         Vec total[K][V] = {};
-        for (long row = 0; row < rows; ++row)
+        for (int64_t row = 0; row < rows; ++row)
             unroll<V>([&](int v) {
                 Vec result[K];
                 term(row, v, result);
@@ -131,25 +132,25 @@ struct Strip {
 
     template <class Body>
     void each(Body body) const {
-        for (long row = 0; row < rows; ++row) unroll<V>([&](int v) { body(row, v); });
+        for (int64_t row = 0; row < rows; ++row) unroll<V>([&](int v) { body(row, v); });
     }
 };
 
 // Some channels at some positions of an image; in NCHW one channel.
 struct Block {
-    long image, start, size, begin, end;
+    int64_t image, start, size, begin, end;
 };
 
 struct Shape {
-    long n, c, hw;
+    int64_t n, c, hw;
     bool channels_last;
     int threads;
 
     // Runs task(i) for 0 <= i < count.
     template <class Task>
-    void parallel(long count, Task task) const {
+    void parallel(int64_t count, Task task) const {
 #pragma omp parallel for num_threads(threads) schedule(static) if (n * c * hw > 16384)
-        for (long i = 0; i < count; ++i) task(i);
+        for (int64_t i = 0; i < count; ++i) task(i);
     }
 
     // Runs task(image, first channel, last channel + 1) for all.
@@ -157,27 +158,27 @@ struct Shape {
     void each_image(Task task) const {
         if (n == 0) return;
         // in channels last all channels at once, whose memory is in order, unless images are too few
-        const long groups = (c + GROUP - 1) / GROUP, wanted = 1 + (2L * threads - 1) / n;
-        const long step = channels_last ? (groups + wanted - 1) / wanted * GROUP : 1, steps = (c + step - 1) / step;
-        parallel(n * steps, [&](long i) { task(i / steps, i % steps * step, std::min(c, (i % steps + 1) * step)); });
+        const int64_t groups = (c + GROUP - 1) / GROUP, wanted = 1 + (int64_t(2) * threads - 1) / n;
+        const int64_t step = channels_last ? (groups + wanted - 1) / wanted * GROUP : 1, steps = (c + step - 1) / step;
+        parallel(n * steps, [&](int64_t i) { task(i / steps, i % steps * step, std::min(c, (i % steps + 1) * step)); });
     }
 
     // Runs task(block) for blocks that cover everything.
     template <class Task>
     void each_part(Task task) const {
         if (n * hw == 0) return;
-        const long wanted = channels_last ? std::min(hw, 1 + (2L * threads - 1) / n) : 1;
-        const long size = (hw + wanted - 1) / wanted, sizes = (hw + size - 1) / size, planes = channels_last ? 1 : c;
-        parallel(n * sizes * planes, [&](long i) {
-            const long image = i / (sizes * planes), channel = i % planes, start = i / planes % sizes * size;
+        const int64_t wanted = channels_last ? std::min(hw, 1 + (int64_t(2) * threads - 1) / n) : 1;
+        const int64_t size = (hw + wanted - 1) / wanted, sizes = (hw + size - 1) / size, planes = channels_last ? 1 : c;
+        parallel(n * sizes * planes, [&](int64_t i) {
+            const int64_t image = i / (sizes * planes), channel = i % planes, start = i / planes % sizes * size;
             task(Block{image, start, std::min(size, hw - start), channel, channels_last ? c : channel + 1});
         });
     }
 
     template <class Body>
-    void each_block(long image, long begin, long end, Body body) const {
-        const long size = channels_last ? std::clamp(BLOCK / c, 4L, BLOCK / GROUP) : BLOCK;
-        for (long i = 0; i < hw; i += size) body(Block{image, i, std::min(size, hw - i), begin, end});
+    void each_block(int64_t image, int64_t begin, int64_t end, Body body) const {
+        const int64_t size = channels_last ? std::clamp<int64_t>(BLOCK / c, 4, BLOCK / GROUP) : BLOCK;
+        for (int64_t i = 0; i < hw; i += size) body(Block{image, i, std::min(size, hw - i), begin, end});
     }
 
     // Covers a block with strips: in channels last of a few rows only, because memory that is not taken in order is
@@ -185,14 +186,14 @@ struct Shape {
     template <class Body>
     void walk(const Block& b, Body body, bool cached = false) const {
         if (!channels_last) return walk_plane(b, body);
-        const long step = cached || c <= GROUP ? b.size : std::max(1L, 256 / c), end = b.start + b.size;
-        for (long row = b.start; row < end; row += step) walk_rows(b, row, std::min(step, end - row), body);
+        const int64_t step = cached || c <= GROUP ? b.size : std::max<int64_t>(1, 256 / c), end = b.start + b.size;
+        for (int64_t row = b.start; row < end; row += step) walk_rows(b, row, std::min(step, end - row), body);
     }
 
     template <class Body>
-    void walk_rows(const Block& b, long row, long rows, Body body) const {
-        const long start = (b.image * hw + row) * c;
-        long c0 = b.begin;
+    void walk_rows(const Block& b, int64_t row, int64_t rows, Body body) const {
+        const int64_t start = (b.image * hw + row) * c;
+        int64_t c0 = b.begin;
         for (; c0 + GROUP <= b.end; c0 += GROUP) body(Strip<GROUP / LANES, true, true>{start + c0, rows, c, c0, LANES});
         for (; c0 + 2 * LANES <= b.end; c0 += 2 * LANES) body(Strip<2, true, true>{start + c0, rows, c, c0, LANES});
         for (; c0 + LANES <= b.end; c0 += LANES) body(Strip<1, true, true>{start + c0, rows, c, c0, LANES});
@@ -201,8 +202,8 @@ struct Shape {
 
     template <class Body>
     void walk_plane(const Block& b, Body body) const {
-        const long c0 = b.begin, start = (b.image * c + c0) * hw + b.start;
-        const long wide = b.size / GROUP * GROUP, whole = b.size / LANES * LANES;
+        const int64_t c0 = b.begin, start = (b.image * c + c0) * hw + b.start;
+        const int64_t wide = b.size / GROUP * GROUP, whole = b.size / LANES * LANES;
         if (wide) body(Strip<GROUP / LANES, true, false>{start, wide / GROUP, GROUP, c0, LANES});
         if (wide < whole) body(Strip<1, true, false>{start + wide, (whole - wide) / LANES, LANES, c0, LANES});
         if (whole < b.size) body(Strip<1, false, false>{start + whole, 1, 0, c0, int(b.size - whole)});
@@ -219,54 +220,57 @@ struct Shape {
 template <class T>
 void statistics(const Shape& s, const T* x, float* mean_nc, float* mean, float* var) {
     std::vector<float> block_mean_nc(s.n * s.c), block_deviation_nc(s.n * s.c), deviation_nc(s.n * s.c);
-    s.each_image([&](long n, long begin, long end) {
-        float *means = mean_nc + n * s.c, *deviations = deviation_nc.data() + n * s.c;
+    s.each_image([&](int64_t n, int64_t begin, int64_t end) {
+        float *sums = mean_nc + n * s.c, *deviations = deviation_nc.data() + n * s.c;
         float *block_mean = block_mean_nc.data() + n * s.c, *block_deviation = block_deviation_nc.data() + n * s.c;
-        std::fill(means + begin, means + end, 0.0f);
+        std::fill(sums + begin, sums + end, 0.0f);
         s.each_block(n, begin, end, [&](const Block& block) {
             s.sums(block, {block_mean}, [&](auto strip) {
-                return [=](long row, int v, Vec* result) { result[0] = strip.at(x, row, v); };
+                return [=](int64_t row, int v, Vec* result) { result[0] = strip.at(x, row, v); };
             });
             // a block joins those before it as in Chan et al., Updating formulae for computing sample variances (1979)
-            const float share = float(block.size) / (block.start + block.size);
-            for (long c = begin; c < end; ++c) block_mean[c] /= block.size;
+            for (int64_t c = begin; c < end; ++c) {
+                sums[c] += block_mean[c];
+                block_mean[c] /= block.size;
+            }
             if (var) {
                 const auto square = [&](auto strip) {
-                    return [=, center = strip.spread(block_mean)](long row, int v, Vec* result) {
+                    return [=, center = strip.spread(block_mean)](int64_t row, int v, Vec* result) {
                         const Vec d = strip.at(x, row, v) - center.v[v];
                         result[0] = d * d;
                     };
                 };
                 s.sums(block, {block_deviation}, square, true);
-                for (long c = begin; c < end; ++c) {
-                    const float d = block_mean[c] - means[c];
-                    deviations[c] += block_deviation[c] + block.start * share * d * d;
+                const float before = block.start, weight = before * block.size / (before + block.size);
+                for (int64_t c = begin; c < end; ++c) {
+                    const float d = before ? block_mean[c] - (sums[c] - block_mean[c] * block.size) / before : 0;
+                    deviations[c] += block_deviation[c] + weight * d * d;
                 }
             }
-            for (long c = begin; c < end; ++c) means[c] += share * (block_mean[c] - means[c]);
         });
+        for (int64_t c = begin; c < end; ++c) sums[c] /= s.hw;
     });
     if (!var) return;
     std::vector<double> mean_c(s.c), deviation_c(s.c);
-    for (long n = 0; n < s.n; ++n)
-        for (long c = 0; c < s.c; ++c) mean_c[c] += mean_nc[n * s.c + c];
-    for (long c = 0; c < s.c; ++c) mean[c] = mean_c[c] /= s.n;
-    for (long n = 0; n < s.n; ++n)
-        for (long c = 0; c < s.c; ++c) {
+    for (int64_t n = 0; n < s.n; ++n)
+        for (int64_t c = 0; c < s.c; ++c) mean_c[c] += mean_nc[n * s.c + c];
+    for (int64_t c = 0; c < s.c; ++c) mean[c] = mean_c[c] /= s.n;
+    for (int64_t n = 0; n < s.n; ++n)
+        for (int64_t c = 0; c < s.c; ++c) {
             const double d = mean_nc[n * s.c + c] - mean_c[c];
             deviation_c[c] += deviation_nc[n * s.c + c] + s.hw * d * d;
         }
-    for (long c = 0; c < s.c; ++c) var[c] = deviation_c[c] / (double(s.n) * s.hw);
+    for (int64_t c = 0; c < s.c; ++c) var[c] = deviation_c[c] / (double(s.n) * s.hw);
 }
 
 // By what batch norm multiplies the centred input; without `weight`, 1 / sqrt(var + eps).
 std::vector<float> slopes(const Shape& s, const float* var, double eps, const float* weight) {
     std::vector<float> out(s.c);
-    for (long c = 0; c < s.c; ++c) out[c] = (weight ? weight[c] : 1.0f) / std::sqrt(var[c] + float(eps));
+    for (int64_t c = 0; c < s.c; ++c) out[c] = (weight ? weight[c] : 1.0f) / std::sqrt(var[c] + float(eps));
     return out;
 }
 
-// 1 / (1 + exp(-z)), to about one unit in the last place of the exponential.
+// 1 / (1 + exp(-z)), to about one unit in the last place of the exponential, and never 0. NaN stays NaN.
 Vec sigmoid(Vec z) {
     const Vec low = Vec{} - 87, high = Vec{} + 87, half_even = Vec{} + 12582912;  // 1.5 * 2^23 rounds what is added
     Vec t = -z;
@@ -276,7 +280,7 @@ Vec sigmoid(Vec z) {
     const Vec r = t - power * 0.693359375f + power * 2.12194440e-4f;  // the rest, |r| <= log(2) / 2
     Vec e = r * (1.f / 5040) + 1.f / 720;
     for (const float a : {1.f / 120, 1.f / 24, 1.f / 6, 1.f / 2, 1.f, 1.f}) e = e * r + a;
-    return 1 / (1 + (Vec)((Bits)e + ((Bits)shifted << 23)));
+    return z == z ? 1 / (1 + (Vec)((Bits)e + ((Bits)shifted << 23))) : z;
 }
 
 template <class T>
@@ -285,9 +289,9 @@ void normalize(const Shape& s, const T* x, const float* mean_nc, const float* me
                T* y) {
     const std::vector<float> slope = slopes(s, var, eps, weight);
     std::vector<float> scale_nc(s.n * s.c);
-    s.parallel(s.n, [&](long n) {
-        for (long c = 0; c < s.c; c += LANES) {
-            const Strip<1, false, true> part{0, 1, 0, c, int(std::min(s.c - c, long(LANES)))};
+    s.parallel(s.n, [&](int64_t n) {
+        for (int64_t c = 0; c < s.c; c += LANES) {
+            const Strip<1, false, true> part{0, 1, 0, c, int(std::min(s.c - c, int64_t(LANES)))};
             const Vec under = part.load(gate_weight + c) * part.load(mean_nc + n * s.c + c) + part.load(gate_bias + c);
             const Vec gate = sigmoid(under);
             part.store(gate, gate_nc + n * s.c + c);
@@ -298,7 +302,7 @@ void normalize(const Shape& s, const T* x, const float* mean_nc, const float* me
         s.walk(block, [&](auto strip) {
             const auto scale = strip.spread(scale_nc.data() + block.image * s.c), center = strip.spread(mean);
             const auto shift = bias ? strip.spread(bias) : decltype(center){};
-            strip.each([&](long row, int v) {
+            strip.each([&](int64_t row, int v) {
                 strip.put((strip.at(x, row, v) - center.v[v]) * scale.v[v] + shift.v[v], y, row, v);
             });
         });
@@ -309,39 +313,45 @@ template <class T>
 void reduce(const Shape& s, const T* g, const T* x, const float* mean_nc, const float* gate_nc, const float* mean,
             const float* var, double eps, const float* weight, float* dz_nc, float* dweight, float* dbias,
             float* dgate_weight, float* dgate_bias, float* sums) {
-    std::vector<float> block_sum_nc(s.n * s.c), block_product_nc(s.n * s.c), sum_nc(s.n * s.c), gated(s.c);
-    s.each_image([&](long n, long begin, long end) {
+    std::vector<float> block_sum_nc(s.n * s.c), block_product_nc(s.n * s.c), sum_nc(s.n * s.c);
+    s.each_image([&](int64_t n, int64_t begin, int64_t end) {
         float *sum = sum_nc.data() + n * s.c, *product = dz_nc + n * s.c;
         std::fill(product + begin, product + end, 0.0f);
         float *block_sum = block_sum_nc.data() + n * s.c, *block_product = block_product_nc.data() + n * s.c;
         s.each_block(n, begin, end, [&](const Block& block) {
             s.sums(block, {block_sum, block_product}, [&](auto strip) {
-                return [=, center = strip.spread(mean)](long row, int v, Vec* result) {
+                return [=, center = strip.spread(mean)](int64_t row, int v, Vec* result) {
                     result[0] = strip.at(g, row, v);
                     result[1] = result[0] * (strip.at(x, row, v) - center.v[v]);
                 };
             });
-            for (long c = begin; c < end; ++c) {
+            for (int64_t c = begin; c < end; ++c) {
                 sum[c] += block_sum[c];
                 product[c] += block_product[c];
             }
         });
     });
     const std::vector<float> inv = slopes(s, var, eps, nullptr), slope = slopes(s, var, eps, weight);
-    for (float* out : {dweight, dbias, dgate_weight, dgate_bias}) std::fill(out, out + s.c, 0.0f);
-    for (long n = 0; n < s.n; ++n)
-        for (long c = 0; c < s.c; ++c) {
-            const long i = n * s.c + c;
+    std::vector<double> totals(5 * s.c);
+    double *const P_c = totals.data(), *const Q_c = P_c + s.c, *const dz_c = Q_c + s.c;
+    double *const dz_mean_c = dz_c + s.c, *const gated_c = dz_mean_c + s.c;
+    for (int64_t n = 0; n < s.n; ++n)
+        for (int64_t c = 0; c < s.c; ++c) {
+            const int64_t i = n * s.c + c;
             const float P = sum_nc[i], Q = dz_nc[i], gate = gate_nc[i];
             const float dz = dz_nc[i] = Q * gate * (1 - gate) * slope[c];
-            dweight[c] += gate * Q * inv[c];
-            dbias[c] += P;
-            dgate_weight[c] += dz * mean_nc[i];
-            dgate_bias[c] += dz;
-            gated[c] += gate * P;
+            P_c[c] += P;
+            Q_c[c] += gate * Q;
+            dz_c[c] += dz;
+            dz_mean_c[c] += dz * mean_nc[i];
+            gated_c[c] += gate * P;
         }
-    for (long c = 0; c < s.c; ++c) {
-        sums[c] = slope[c] * gated[c];
+    for (int64_t c = 0; c < s.c; ++c) {
+        dweight[c] = Q_c[c] * inv[c];
+        dbias[c] = P_c[c];
+        dgate_weight[c] = dz_mean_c[c];
+        dgate_bias[c] = dz_c[c];
+        sums[c] = slope[c] * gated_c[c];
         sums[s.c + c] = slope[c] * dweight[c];
     }
 }
@@ -353,12 +363,12 @@ void grad_input(const Shape& s, const T* g, const T* x, const float* gate_nc, co
     const std::vector<float> inv = slopes(s, var, eps, nullptr), slope = slopes(s, var, eps, weight);
     std::vector<float> scale_nc(s.n * s.c), shift_nc(s.n * s.c), pull(s.c), push(s.c);
     if (count)
-        for (long c = 0; c < s.c; ++c) {
+        for (int64_t c = 0; c < s.c; ++c) {
             push[c] = sums[c] / float(count);
             pull[c] = sums[s.c + c] * inv[c] / float(-count);
         }
-    s.parallel(s.n, [&](long n) {
-        for (long c = 0, i = n * s.c; c < s.c; ++c, ++i) {
+    s.parallel(s.n, [&](int64_t n) {
+        for (int64_t c = 0, i = n * s.c; c < s.c; ++c, ++i) {
             scale_nc[i] = gate_nc[i] * slope[c];
             shift_nc[i] = dz_nc[i] * gate_weight[c] / s.hw - push[c];
         }
@@ -369,12 +379,12 @@ void grad_input(const Shape& s, const T* g, const T* x, const float* gate_nc, co
             const auto shift = strip.spread(shift_nc.data() + block.image * s.c);
             if (count) {
                 const auto slope = strip.spread(pull.data()), center = strip.spread(mean);
-                strip.each([&](long row, int v) {
+                strip.each([&](int64_t row, int v) {
                     const Vec centered = strip.at(x, row, v) - center.v[v];
                     strip.put(strip.at(g, row, v) * scale.v[v] + (centered * slope.v[v] + shift.v[v]), dx, row, v);
                 });
             } else {
-                strip.each([&](long row, int v) {
+                strip.each([&](int64_t row, int v) {
                     strip.put(strip.at(g, row, v) * scale.v[v] + shift.v[v], dx, row, v);
                 });
             }
@@ -382,53 +392,59 @@ void grad_input(const Shape& s, const T* g, const T* x, const float* gate_nc, co
     });
 }
 
+// Returns whether there was memory enough.
 template <class Run>
-void choose(int bf16, Run run) {
-    if (bf16)
-        run(BFloat16{});
-    else
-        run(0.0f);
+int choose(int bf16, Run run) {
+    try {
+        if (bf16)
+            run(BFloat16{});
+        else
+            run(0.0f);
+        return 1;
+    } catch (const std::bad_alloc&) {
+        return 0;
+    }
 }
 
 }  // namespace
 
+#define SHAPE int64_t n, int64_t c, int64_t hw, int channels_last, int bf16, int threads
+
 extern "C" {
 
-extern const int iebn_interface = 2;  // cpu.py asks for it: a library of other arguments must not be called
+extern const int iebn_interface = 3;  // cpu.py asks for it: a library of other arguments must not be called
 
-void iebn_statistics(long n, long c, long hw, int channels_last, int bf16, int threads, const void* x, float* mean_nc,
-                     float* mean, float* var) {
+int iebn_statistics(SHAPE, const void* x, float* mean_nc, float* mean, float* var) {
     const Shape s{n, c, hw, bool(channels_last), threads};
-    choose(bf16, [&](auto t) { statistics(s, (const decltype(t)*)x, mean_nc, mean, var); });
+    return choose(bf16, [&](auto t) { statistics(s, (const decltype(t)*)x, mean_nc, mean, var); });
 }
 
-void iebn_normalize(long n, long c, long hw, int channels_last, int bf16, int threads, const void* x,
-                    const float* mean_nc, const float* mean, const float* var, double eps, const float* weight,
-                    const float* bias, const float* gate_weight, const float* gate_bias, float* gate_nc, void* y) {
+int iebn_normalize(SHAPE, const void* x, const float* mean_nc, const float* mean, const float* var, double eps,
+                   const float* weight, const float* bias, const float* gate_weight, const float* gate_bias,
+                   float* gate_nc, void* y) {
     const Shape s{n, c, hw, bool(channels_last), threads};
-    choose(bf16, [&](auto t) {
+    return choose(bf16, [&](auto t) {
         typedef decltype(t) T;
         normalize(s, (const T*)x, mean_nc, mean, var, eps, weight, bias, gate_weight, gate_bias, gate_nc, (T*)y);
     });
 }
 
-void iebn_reduce(long n, long c, long hw, int channels_last, int bf16, int threads, const void* g, const void* x,
-                 const float* mean_nc, const float* gate_nc, const float* mean, const float* var, double eps,
-                 const float* weight, float* dz_nc, float* dweight, float* dbias, float* dgate_weight,
-                 float* dgate_bias, float* sums) {
+int iebn_reduce(SHAPE, const void* g, const void* x, const float* mean_nc, const float* gate_nc, const float* mean,
+                const float* var, double eps, const float* weight, float* dz_nc, float* dweight, float* dbias,
+                float* dgate_weight, float* dgate_bias, float* sums) {
     const Shape s{n, c, hw, bool(channels_last), threads};
-    choose(bf16, [&](auto t) {
+    return choose(bf16, [&](auto t) {
         typedef decltype(t) T;
         reduce(s, (const T*)g, (const T*)x, mean_nc, gate_nc, mean, var, eps, weight, dz_nc, dweight, dbias,
                dgate_weight, dgate_bias, sums);
     });
 }
 
-void iebn_grad_input(long n, long c, long hw, int channels_last, int bf16, int threads, const void* g, const void* x,
-                     const float* gate_nc, const float* dz_nc, const float* mean, const float* var, double eps,
-                     const float* weight, const float* gate_weight, const float* sums, double count, void* dx) {
+int iebn_grad_input(SHAPE, const void* g, const void* x, const float* gate_nc, const float* dz_nc, const float* mean,
+                    const float* var, double eps, const float* weight, const float* gate_weight, const float* sums,
+                    double count, void* dx) {
     const Shape s{n, c, hw, bool(channels_last), threads};
-    choose(bf16, [&](auto t) {
+    return choose(bf16, [&](auto t) {
         typedef decltype(t) T;
         grad_input(s, (const T*)g, (const T*)x, gate_nc, dz_nc, mean, var, eps, weight, gate_weight, sums, count,
                    (T*)dx);

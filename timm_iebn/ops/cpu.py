@@ -9,19 +9,24 @@ import ctypes
 import importlib.util
 import platform
 import warnings
-from ctypes import c_double, c_int, c_long, c_void_p
+from ctypes import c_double, c_int, c_int64, c_void_p
 
 import torch  # before the library, so that both use one pool of threads
 from torch import Tensor
 
-_INTERFACE = 2  # of `_cpu.cpp`; both change when arguments do
-_SHAPE = [c_long] * 3 + [c_int] * 3
+_INTERFACE = 3  # of `_cpu.cpp`; both change when arguments do
+_SHAPE = [c_int64] * 3 + [c_int] * 3
 _ARGUMENTS = {
     "statistics": [c_void_p] * 4,
     "normalize": [c_void_p] * 4 + [c_double] + [c_void_p] * 6,
     "reduce": [c_void_p] * 6 + [c_double] + [c_void_p] * 7,
     "grad_input": [c_void_p] * 6 + [c_double] + [c_void_p] * 3 + [c_double, c_void_p],
 }
+
+
+def _check(had_memory: int, *_: object) -> None:
+    if not had_memory:
+        raise RuntimeError("not enough memory for the sums of IEBN: use smaller batches")
 
 
 def _load() -> ctypes.CDLL | None:
@@ -32,13 +37,13 @@ def _load() -> ctypes.CDLL | None:
     try:
         library = ctypes.CDLL(spec.origin)
         if c_int.in_dll(library, "iebn_interface").value != _INTERFACE:
-            raise ValueError
-    except (OSError, ValueError):  # ValueError: no such name
-        warnings.warn(f"{spec.origin} is of another version and not used: install timm-iebn again", stacklevel=2)
+            raise ValueError("it is of another version")
+    except (OSError, ValueError) as e:  # ValueError: no such name
+        warnings.warn(f"{spec.origin} is not used, install timm-iebn again: {e}", stacklevel=2)
         return None
     for name, arguments in _ARGUMENTS.items():
         function = getattr(library, f"iebn_{name}")
-        function.argtypes, function.restype = _SHAPE + arguments, None
+        function.argtypes, function.errcheck = _SHAPE + arguments, _check
     return library
 
 
@@ -57,6 +62,7 @@ def supports(x: Tensor) -> bool:
         and x.layout == torch.strided
         and (x.dtype == torch.float32 or x.dtype == torch.bfloat16)
         and (x.is_contiguous() or _is_channels_last(x))
+        and not x.is_neg()
         and torch._C._len_torch_dispatch_stack() == 0
     )
 
@@ -67,12 +73,24 @@ def _shape(x: Tensor) -> tuple[int, ...]:
 
 
 def _vector(v: Tensor | None, x: Tensor) -> Tensor | None:
-    """A parameter or statistic as the library reads it."""
-    if v is None:
-        return None
-    if v.shape != (x.shape[1],) or not v.is_cpu:
-        raise RuntimeError(f"expected a tensor of shape [{x.shape[1]}] on cpu, got {list(v.shape)} on {v.device}")
-    return v if v.dtype == torch.float32 and v.is_contiguous() else v.detach().float().contiguous()
+    """A parameter or statistic (C,) as the library reads it."""
+    return None if v is None else _dense(v, x.shape[1:2])
+
+
+def _dense(v: Tensor, shape: torch.Size) -> Tensor:
+    """`v` as the library reads it. What comes back from autograd may be another tensor than was saved."""
+    if v.shape != shape or not v.is_cpu:
+        raise RuntimeError(f"expected a tensor of shape {list(shape)} on cpu, got {list(v.shape)} on {v.device}")
+    if v.dtype == torch.float32 and v.is_contiguous() and not v.is_neg():
+        return v
+    return v.detach().float().contiguous().resolve_neg()
+
+
+def like(g: Tensor, x: Tensor) -> Tensor:
+    """`g` in the dtype and layout of `x`."""
+    if g.stride() == x.stride() and g.dtype == x.dtype and not g.is_neg():
+        return g
+    return torch.empty_like(x).copy_(g)
 
 
 def _pointer(t: Tensor | None) -> int | None:
@@ -116,8 +134,10 @@ def reduce(
     eps: float,
     weight: Tensor | None,
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
-    weight, dz_NC = _vector(weight, x), torch.empty_like(mean_NC)
-    grads, sums = tuple(torch.empty_like(mean) for _ in range(4)), mean.new_empty(2, x.shape[1])
+    mean_NC, gate_NC = (_dense(v, x.shape[:2]) for v in (mean_NC, gate_NC))
+    mean, var, weight = (_vector(v, x) for v in (mean, var, weight))
+    dz_NC, sums = torch.empty_like(mean_NC), mean.new_empty(2, x.shape[1])
+    grads = tuple(torch.empty_like(mean) for _ in range(4))
     inputs = map(_pointer, (g, x, mean_NC, gate_NC, mean, var))
     results = map(_pointer, (weight, dz_NC, *grads, sums))
     library.iebn_reduce(*_shape(x), *inputs, eps, *results)
@@ -137,7 +157,8 @@ def grad_input(
     sums: Tensor,
     count: float | Tensor,
 ) -> Tensor:
-    weight, gate_weight, dx = _vector(weight, x), _vector(gate_weight, x), torch.empty_like(x)
+    gate_NC, dx = _dense(gate_NC, x.shape[:2]), torch.empty_like(x)
+    mean, var, weight, gate_weight = (_vector(v, x) for v in (mean, var, weight, gate_weight))
     inputs = map(_pointer, (g, x, gate_NC, dz_NC, mean, var))
     params = map(_pointer, (weight, gate_weight, sums))
     library.iebn_grad_input(*_shape(x), *inputs, eps, *params, float(count), dx.data_ptr())

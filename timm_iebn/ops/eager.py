@@ -51,7 +51,9 @@ class _IEBN(torch.autograd.Function):
         mean_NC, mean, var = backend.statistics(x, batch)
         if x.numel() == 0:  # a detector's empty batch: nothing moves, where 0 / 0 would
             mean_NC, mean, var = (None if t is None else torch.zeros_like(t) for t in (mean_NC, mean, var))
-        count = x.numel() // x.shape[1] if batch else 0  # 0 says to `backward` that mean and var are constants
+        count = (
+            x.shape[0] * x.shape[2] * x.shape[3] if batch else 0
+        )  # 0 says to `backward` that mean and var are constants
         if not batch:
             # copies: what backward reads must be dense, and not move with the running statistics
             mean, var = (t.to(mean_NC.dtype, copy=True) for t in (running_mean, running_var))
@@ -61,7 +63,7 @@ class _IEBN(torch.autograd.Function):
             update_running(running_mean, running_var, mean, var * (count / (count - 1)), momentum)
         y, gate_NC = backend.normalize(x, mean_NC, mean, var, eps, weight, bias, gate_weight, gate_bias)
         if ctx is not None:
-            ctx.eps, ctx.count, ctx.group, ctx.backend = eps, count, group, backend
+            ctx.eps, ctx.count, ctx.group = eps, count, group
             ctx.save_for_backward(x, weight, bias, gate_weight, gate_bias, mean_NC, mean, var, gate_NC)
         return y
 
@@ -71,14 +73,15 @@ class _IEBN(torch.autograd.Function):
         params = weight, bias, gate_weight, gate_bias
         if torch.is_grad_enabled():  # create_graph=True: the second derivative goes through the formula
             return (*_reference_grads(ctx, (x, *params), mean, var, g), *_NO_GRADS)
-        if g.stride() != x.stride() or g.dtype != x.dtype:
-            g = torch.empty_like(x).copy_(g)
-        dz_NC, grads, sums = ctx.backend.reduce(g, x, mean_NC, gate_NC, mean, var, ctx.eps, weight)
+        backend = cpu if cpu.supports(x) else passes
+        if backend is cpu:
+            g = cpu.like(g, x)
+        dz_NC, grads, sums = backend.reduce(g, x, mean_NC, gate_NC, mean, var, ctx.eps, weight)
         dx = None
         if ctx.needs_input_grad[0]:
             if ctx.group is not None:
                 dist.all_reduce(sums, group=ctx.group)
-            dx = ctx.backend.grad_input(g, x, gate_NC, dz_NC, mean, var, ctx.eps, weight, gate_weight, sums, ctx.count)
+            dx = backend.grad_input(g, x, gate_NC, dz_NC, mean, var, ctx.eps, weight, gate_weight, sums, ctx.count)
         # autograd casts them to the parameters' dtypes
         return (dx, *(None if p is None else d for p, d in zip(params, grads, strict=True)), *_NO_GRADS)
 
@@ -90,6 +93,8 @@ def _reference_grads(ctx: Any, inputs: tuple[Tensor | None, ...], mean: Tensor, 
     if ctx.group is not None:
         raise NotImplementedError("synchronised IEBN has no second derivative: compute it in one process")
     mean, var = (mean, var) if ctx.count == 0 else (None, None)
+    # views, because one input may be a function of another, and theirs are partial derivatives
+    inputs = tuple(None if t is None else t.view_as(t) for t in inputs)
     y = iebn_reference(*inputs, mean, var, training=False, momentum=0.0, eps=ctx.eps)
     wanted = [p for p, needed in zip(inputs, ctx.needs_input_grad[:5], strict=True) if needed]
     found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))

@@ -1,0 +1,65 @@
+"""Runs the scripts as a user does, in processes of their own; tests share it."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+SHORT = ["epochs=2", "warmup_epochs=0", "batch_size=200"]  # 14 updates
+# all that has a state or draws random numbers
+RICH = [
+    *SHORT,
+    "mixup=0.2",
+    "ema_decay=0.99",
+    "random_erasing=0.2",
+    "opt=adamw",
+    "lr=0.002",
+    "model_args={drop_rate: 0.1}",
+]
+ENVIRONMENT = os.environ | dict(OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true")
+
+
+def command(*args, processes=1, script="train.py"):
+    """The command line; `script` is one of the scripts, or another path."""
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    return [sys.executable, *launch, str(SCRIPTS / script), *map(str, args)]
+
+
+def run(*args, cwd, **kwargs):
+    return subprocess.run(
+        command(*args, **kwargs), cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=600
+    )
+
+
+@contextmanager
+def started(*args, **kwargs):
+    """The script, at work; whatever the test does, none of its processes is left."""
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command(*args, **kwargs), env=ENVIRONMENT, start_new_session=True, **pipes)
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def wait_for(pattern, folder, process):
+    """Until `folder` holds a file like that, or the process is at its end."""
+    deadline = time.monotonic() + 300
+    while not list(folder.glob(pattern)) and process.poll() is None:
+        assert time.monotonic() < deadline, f"no {pattern} in {folder}"
+        time.sleep(0.02)
+
+
+def log(folder):
+    return list(csv.DictReader((folder / "log.csv").read_text().splitlines()))
+
+
+def weights(folder):
+    return (folder / "model.safetensors").read_bytes()

@@ -1,0 +1,42 @@
+"""The network and the optimizer of a recipe, tried before a run starts."""
+
+import timm
+import torch
+from timm.optim import create_optimizer_v2
+from torch import nn
+
+from .recipe import Recipe, RecipeError
+
+
+def create_model(recipe: Recipe, num_classes: int, in_chans: int) -> nn.Module:
+    """The network of the recipe.
+
+    Raises:
+        RecipeError: timm has no such model, or it does not take the arguments.
+    """
+    try:
+        return timm.create_model(
+            recipe.model, pretrained=recipe.pretrained, num_classes=num_classes, in_chans=in_chans, **recipe.model_args
+        )
+    except Exception as e:  # whatever a network makes of its arguments
+        reason = f"{type(e).__name__}: {e}"
+        raise RecipeError(f"model: can't create {recipe.model!r} with model_args {recipe.model_args}: {reason}") from e
+
+
+def create_optimizer(recipe: Recipe, net: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of the recipe, for `net`.
+
+    Raises:
+        RecipeError: timm has no such optimizer, or it does not take the arguments or can't work on this device.
+    """
+    args = dict(opt=recipe.opt, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+    args |= dict(filter_bias_and_bn=not recipe.decay_norms) | recipe.opt_args
+    try:
+        # many find out in their first step only that they can't work here
+        trial = nn.Linear(8, 8, device=next(net.parameters()).device)
+        trial_optimizer = create_optimizer_v2(trial, **args)
+        trial(trial.weight).sum().backward()
+        trial_optimizer.step()
+        return create_optimizer_v2(net, **args)
+    except Exception as e:
+        raise RecipeError(f"opt: {recipe.opt!r} with opt_args {recipe.opt_args}: {type(e).__name__}: {e}") from e

@@ -1,0 +1,89 @@
+"""The folders of a run: `NAME`, the model folder that it writes at its end, and `NAME.run`, where it works.
+
+With several processes, the main process looks and decides for all: other machines may see other folders.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
+from filelock import FileLock, Timeout
+
+from .checkpoint import CheckpointError, write_atomically
+from .recipe import Recipe, RecipeError, load_recipe
+from .zoo import read_log
+
+
+def on_main(work: Callable[[], Any]) -> Any:
+    """What `work` returns or raises in the main process, in all: other machines may see other folders."""
+    # PartialState itself does not look at what `accelerate launch --cpu` says
+    state, result = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")), None
+    if state.is_main_process:
+        try:
+            result = work()
+        except (RecipeError, CheckpointError) as e:
+            result = e
+    if state.num_processes > 1:
+        (result,) = broadcast_object_list([result])
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+def work_folder(output: Path) -> Path:
+    """Where the run that writes `output` works."""
+    return output.with_name(output.name + ".run")
+
+
+def check_output(recipe: Recipe, output: Path, resume: bool) -> None:
+    """Raises RecipeError where a run would overwrite something or go on with what is not its own."""
+    folder = work_folder(output)
+    if output.exists():
+        raise RecipeError(f"output: {output} exists already; choose another folder or move it away")
+    if not (folder / "recipe.yaml").exists():
+        return
+    if not resume:
+        raise RecipeError(f"output: {folder} holds an unfinished run; --resume goes on with it, or move it away")
+    _check_same_recipe(recipe, folder)
+
+
+def finished_row(recipe: Recipe, output: Path) -> dict[str, float] | None:
+    """The last row of a run that has written its output."""
+    if not (output / "log.csv").exists():
+        return None
+    _check_same_recipe(recipe, output)
+    return read_log(output / "log.csv")[-1]
+
+
+def _check_same_recipe(recipe: Recipe, folder: Path) -> None:
+    before, now = asdict(load_recipe(folder / "recipe.yaml")), asdict(recipe)
+    if changed := [f"{k}: {before[k]!r} became {now[k]!r}" for k in now if before[k] != now[k]]:
+        raise RecipeError(f"resume: {folder} was started with another recipe ({'; '.join(changed)})")
+
+
+def folder_lock(output: Path) -> FileLock:
+    """What `open_folder` takes; it is given back when it is released or the process ends, however it does."""
+    return FileLock(work_folder(output) / "lock", timeout=0)
+
+
+def open_folder(recipe: Recipe, output: Path, resume: bool, lock: FileLock) -> None:
+    """Makes the work folder this process's own, and takes `lock` on it.
+
+    Raises:
+        RecipeError: as `check_output`; another process has it, or it can't be written to.
+    """
+    folder = work_folder(output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as e:
+        raise RecipeError(f"output: another process is training in {folder}") from e
+    except OSError as e:
+        raise RecipeError(f"output: can't write to {folder}: {e.strerror}") from e
+    check_output(recipe, output, resume)  # once more: another run may have come and gone
+    for path in folder.glob("*.partial"):  # of a run that was killed
+        path.unlink()
+    write_atomically(folder / "recipe.yaml", recipe.to_yaml().encode())
