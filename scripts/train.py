@@ -74,9 +74,7 @@ def main() -> int:
             print(f"train.py: {e}", file=sys.stderr)
         return 128 + e.signum
     if PartialState().is_main_process:
-        print(
-            f"\n{recipe.model}: top-1 {row['test_top1']:.2f} % on the test split after the last epoch; wrote {folder}"
-        )
+        print(f"\n{recipe.model}: top-1 {row['test_top1']:.2f} % on the test split after the last epoch; see {folder}")
         _show_predictions(folder, recipe, args.data_dir)
     return 0
 

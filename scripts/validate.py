@@ -26,6 +26,8 @@ def _recipe(args: argparse.Namespace) -> Recipe:
     stored = Path(args.model) / "recipe.yaml"
     if stored.exists():
         return load_recipe(stored, given)
+    if "/" in args.model and ":" not in args.model and not Path(args.model).is_dir():
+        raise RecipeError(f"model: there is no folder {args.model}")
     if args.data is None:
         raise RecipeError("data: say which data with --data")
     return Recipe(model=args.model, **dict(item.split("=", 1) for item in given))

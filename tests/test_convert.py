@@ -531,3 +531,17 @@ def test_no_other_file_is_taken_for_an_authors_checkpoint(content, authors_file)
 def test_a_missing_authors_checkpoint_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"gone\.pth\.tar"):
         load_authors_checkpoint(timm.create_model("resnet20_cifar_iebn"), tmp_path / "gone.pth.tar")
+
+
+def test_a_pattern_that_names_nothing_is_named():
+    with pytest.raises(ValueError, match=r"no layer has a name like 'xx\.yy'"):
+        convert_bn_to_iebn(timm.create_model("resnet18"), leave=["xx.yy"])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_freezing_and_back_keeps_the_mode_of_every_norm(training):
+    model = timm.create_model("resnet20_cifar_iebn").train(training)
+    freeze_batch_norm_2d(model)
+    assert all(m.training == training for m in model.modules())
+    unfreeze_batch_norm_2d(model)
+    assert all(m.training == training for m in model.modules())

@@ -97,7 +97,7 @@ def test_asked_to_stop_it_leaves_a_checkpoint_and_says_how_to_go_on(signum, unin
         _, err = process.communicate(timeout=120)
     last = sorted(folder.with_name("out.run").glob("*.safetensors"))[-1]
     assert process.returncode == 128 + signum
-    assert f"stopped by {signum.name}; --resume goes on from {last}" in err
+    assert f"stopped by {signum.name}; --resume --output {folder} goes on from {last}" in err
     assert run(*args, cwd=tmp_path).returncode == 0
     assert weights(folder) == weights(uninterrupted)
 
@@ -112,7 +112,7 @@ def test_processes_asked_to_stop_stop_together_and_go_on(tmp_path):
         launched.send_signal(signal.SIGTERM)
         _, err = launched.communicate(timeout=120)
     *_, checkpoint = sorted(work.glob("*.safetensors"))
-    assert err.count(f"stopped by SIGTERM; --resume goes on from {checkpoint}") == 1, err
+    assert err.count(f"stopped by SIGTERM; --resume --output {folder} goes on from {checkpoint}") == 1, err
     state = read_checkpoint(checkpoint)
     assert state["step"] % 16 == 0 and state["sums"][2] == 16 * state["step"]
     result = run(*args, cwd=tmp_path, processes=2)
@@ -252,7 +252,7 @@ def test_a_signal_to_the_whole_group_spares_the_workers(tmp_path):
         wait_for("0*.safetensors", folder.with_name("out.run"), process)
         os.killpg(process.pid, signal.SIGTERM)
         _, err = process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGTERM and "stopped by SIGTERM; --resume goes on from" in err, err
+    assert process.returncode == 128 + signal.SIGTERM and "stopped by SIGTERM; --resume --output" in err, err
 
 
 def test_a_full_disk_leaves_the_checkpoint_and_no_half_folder(tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """The network and the optimizer of a recipe, tried before a run starts."""
 
+import difflib
+
 import timm
 import torch
 from timm.optim import create_optimizer_v2
@@ -20,6 +22,8 @@ def create_model(recipe: Recipe, num_classes: int, in_chans: int) -> nn.Module:
         )
     except Exception as e:  # whatever a network makes of its arguments
         reason = f"{type(e).__name__}: {e}"
+        if close := difflib.get_close_matches(recipe.model, timm.list_models(), n=1, cutoff=0.8):
+            reason += f"; did you mean {close[0]!r}?" if close[0] != recipe.model else ""
         raise RecipeError(f"model: can't create {recipe.model!r} with model_args {recipe.model_args}: {reason}") from e
 
 

@@ -81,6 +81,7 @@ def convert_bn_to_iebn(
             `SHORTCUTS`; say it for blocks that call them otherwise.
 
     Raises:
+        ValueError: a pattern of one's own matches nothing.
         TypeError: a batch norm of a kind that has no IEBN form (frozen, 3-d or a class of its own, for example) is
             not left out.
     """
@@ -88,6 +89,10 @@ def convert_bn_to_iebn(
         left_out = leave
     else:
         patterns = (leave,) if isinstance(leave, str) else tuple(leave)
+        names = [name for name, _ in module.named_modules()]
+        for pattern in patterns:
+            if pattern not in SHORTCUTS and not any(fnmatch(name, pattern) for name in names):
+                raise ValueError(f"leave: no layer has a name like {pattern!r}")
 
         def left_out(name: str, _: nn.Module) -> bool:
             return any(fnmatch(name, pattern) for pattern in patterns)
@@ -223,14 +228,14 @@ def freeze_batch_norm_2d(module: nn.Module) -> nn.Module:
     """`module` with its IEBN and batch norms frozen, in place, as `timm.layers.freeze_batch_norm_2d` does.
 
     Frozen IEBN keeps its gate and its state dict keys, uses its running statistics in training too, and trains no
-    parameter. Synchronised norms are no longer so.
+    parameter. Batch norms become timm's frozen ones, which count no batches. Synchronised norms are no longer so.
     """
 
     def swap(_: str, norm: nn.Module) -> nn.Module | None:
         if isinstance(norm, IEBN2d):
             norm.frozen, norm.sync, norm.process_group = True, False, None
             return _set_requires_grad(norm, False)
-        return timm.layers.freeze_batch_norm_2d(norm) if isinstance(norm, _BatchNorm) else None
+        return timm.layers.freeze_batch_norm_2d(norm).train(norm.training) if isinstance(norm, _BatchNorm) else None
 
     return _replace(module, swap)
 
@@ -243,7 +248,7 @@ def unfreeze_batch_norm_2d(module: nn.Module) -> nn.Module:
             norm.frozen = False
             return _set_requires_grad(norm, True)
         is_frozen = isinstance(norm, FrozenBatchNorm2d | FrozenBatchNormAct2d)
-        return timm.layers.unfreeze_batch_norm_2d(norm) if is_frozen else None
+        return timm.layers.unfreeze_batch_norm_2d(norm).train(norm.training) if is_frozen else None
 
     return _replace(module, swap)
 

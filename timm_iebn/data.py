@@ -64,7 +64,7 @@ def open_split(recipe: Recipe, split: str, data_dir: str = "") -> tuple[Dataset,
     root = data_dir.replace("{split}", split)
     if kind == "torch" and split not in _TORCH_SPLITS:  # timm takes any other name for the test split
         raise RecipeError(f"data: {recipe.data!r} has no split {split!r}: choose of {', '.join(_TORCH_SPLITS)}")
-    if (root or kind != "hfds") and not Path(root).exists():
+    if (root or kind != "hfds") and not (root and Path(root).exists()):
         raise RecipeError(f"data: {recipe.data!r} needs --data-dir with an existing folder or .tar file, got {root!r}")
     if kind == "folder" and "{split}" not in data_dir:
         # timm would look through all of it, other splits included

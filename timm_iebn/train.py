@@ -48,8 +48,10 @@ class TrainingError(RuntimeError):
 class Stopped(Exception):
     """A signal asked the run to stop; it has left a checkpoint."""
 
-    def __init__(self, signum: int, checkpoint: Path) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name}; --resume goes on from {checkpoint}")
+    def __init__(self, signum: int, output: Path, checkpoint: Path) -> None:
+        super().__init__(
+            f"stopped by {signal.Signals(signum).name}; --resume --output {output} goes on from {checkpoint}"
+        )
         self.signum = signum
 
 
@@ -286,7 +288,7 @@ class Trainer:
                         self._save()
                     if self._is_stopped():
                         self._save()
-                        raise Stopped(self.signum or signal.SIGTERM, self.last_checkpoint)
+                        raise Stopped(self.signum or signal.SIGTERM, self.output, self.last_checkpoint)
             if time.perf_counter() - shown > 0.5 or self.step == total:  # reading the sums waits for the device
                 shown = time.perf_counter()
                 self._check_finite()
@@ -323,7 +325,7 @@ class Trainer:
                 self._report(row)
                 self._save()
                 if self.epoch < recipe.epochs and self._is_stopped():
-                    raise Stopped(self.signum or signal.SIGTERM, self.last_checkpoint)
+                    raise Stopped(self.signum or signal.SIGTERM, self.output, self.last_checkpoint)
         if accelerator.is_main_process:
             self._finish()
         accelerator.end_training()

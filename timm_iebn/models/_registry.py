@@ -129,11 +129,13 @@ def _check_fit(state_dict: dict[str, Tensor], model: nn.Module) -> None:
         if matters(key) and key not in stem and own[key].shape != state_dict[key].shape
     ]
     gates = [key for key in lacks if key.endswith(GATES)]
-    if gates and not unknown:
+    if gates and not any(key.endswith(GATES) for key in state_dict):
         raise RuntimeError(
-            f"it lacks {len(gates)} gate parameters, first {gates[0]!r}. Are they batch norm's? A warm start takes "
-            "those with pretrained_cfg_overlay=dict(file=...), or from a tag that begins with 'warmstart_'."
+            f"it lacks all {len(gates)} gate parameters, first {gates[0]!r}. Are they batch norm's? Load them into the "
+            "batch-norm network and call timm_iebn.convert_bn_to_iebn on it."
         )
+    if gates and not unknown:
+        raise RuntimeError(f"it lacks {len(gates)} gate parameters, first {gates[0]!r}, and has others")
     if lacks or unknown or reshaped:
         raise RuntimeError(
             f"it lacks {len(lacks)} of {len(own)} tensors, has {len(unknown)} unknown ones and {len(reshaped)} of "
