@@ -193,6 +193,24 @@ def test_large_images_go_through_timms_augmentations(pictures):
     assert images.shape == (4, 3, 32, 32) and sorted(y.tolist()) == [0, 0, 1, 1]
 
 
+def test_shifted_crops_of_images_of_any_size_are_of_the_networks(pictures):
+    root, _ = pictures
+    Image.new("RGB", (90, 70)).save(root / "folders" / "train" / "bee" / "9.png")
+    given = recipe(data="folder", loader="timm", crop="pad", batch_size=5)
+    train, _, _ = open_data(given, str(root / "folders"))
+    ((images, _),) = TimmLoader(train, PLAIN, data_config(32), given).epoch()
+    assert images.shape == (5, 3, 32, 32)
+
+
+@pytest.mark.parametrize("changes", [dict(auto_augment="rnd-m9"), dict(crop="pad", crop_padding=32)], ids=str)
+def test_transforms_that_cannot_work_are_named_before_a_run(changes, pictures):
+    root, _ = pictures
+    given = recipe(**dict(data="folder", loader="timm", crop="resized", batch_size=4) | changes)
+    train, _, _ = open_data(given, str(root / "folders"))
+    with pytest.raises(RecipeError, match="auto_augment 'rnd-m9'|crop_padding: 32 is too much for images of 32x32"):
+        TimmLoader(train, PLAIN, data_config(32), given)
+
+
 def test_images_of_several_sizes_ask_for_the_other_loader(pictures):
     root, _ = pictures
     Image.new("RGB", (9, 8)).save(root / "folders" / "train" / "bee" / "9.png")

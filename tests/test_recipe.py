@@ -40,6 +40,12 @@ def test_overrides_win_over_the_file():
         ("grad_accumulation=7", "grad_accumulation: 7 does not divide batch_size 128"),
         ("model_args=[1]", "model_args: expected dict, got"),
         ("seed", "'seed': overrides are written key=value"),
+        ("min_lr=0.5", "min_lr: 0.5 is more than lr"),
+        ("ema_decay=1", "ema_decay: must be at least 0 and less than 1, got 1"),
+        ("data_config={size: 3}", "data_config: unknown key 'size'; known keys: input_size"),
+        ("data_config={mean: 0.5}", "data_config: mean must be a list of numbers"),
+        ("data_config={std: [0, 1, 1]}", "data_config: std must be a list of numbers above 0"),
+        ("data_config={input_size: [32, 32]}", r"input_size is \[channels, height, width\], got \[32, 32\]"),
     ],
 )
 def test_a_bad_override_is_named(override, message):
@@ -47,10 +53,10 @@ def test_a_bad_override_is_named(override, message):
         load_recipe(RECIPES[0], [override])
 
 
-@pytest.mark.parametrize("text", ["- a list", "model: resnet20_cifar", "{: :"])
+@pytest.mark.parametrize("text", ["- a list", "model: resnet20_cifar", "{: :", b"model: \xff"])
 def test_a_bad_file_is_named(text, tmp_path):
     path = tmp_path / "bad.yaml"
-    path.write_text(text)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(RecipeError, match=r"bad\.yaml"):
         load_recipe(path)
 
