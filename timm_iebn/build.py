@@ -1,6 +1,7 @@
 """The network and the optimizer of a recipe, tried before a run starts."""
 
 import difflib
+from collections.abc import Sequence
 
 import timm
 import torch
@@ -25,6 +26,23 @@ def create_model(recipe: Recipe, num_classes: int, in_chans: int) -> nn.Module:
         if close := difflib.get_close_matches(recipe.model, timm.list_models(), n=1, cutoff=0.8):
             reason += f"; did you mean {close[0]!r}?" if close[0] != recipe.model else ""
         raise RecipeError(f"model: can't create {recipe.model!r} with model_args {recipe.model_args}: {reason}") from e
+
+
+def try_model(recipe: Recipe, net: nn.Module, input_size: Sequence[int], num_classes: int) -> None:
+    """Shows two black images of (C, H, W) `input_size` to `net`.
+
+    Raises:
+        RecipeError: it can't take them, or does not tell `num_classes` classes apart.
+    """
+    net.eval()
+    try:
+        with torch.no_grad():
+            shape = net(torch.zeros(2, *input_size, device=next(net.parameters()).device)).shape
+    except Exception as e:  # whatever a network makes of them
+        reason = f"{type(e).__name__}: {e}"
+        raise RecipeError(f"model: {recipe.model!r} can't take images of {list(input_size)}: {reason}") from e
+    if tuple(shape) != (2, num_classes):
+        raise RecipeError(f"model: {recipe.model!r} with model_args {recipe.model_args} gives no logits: {list(shape)}")
 
 
 def create_optimizer(recipe: Recipe, net: nn.Module) -> torch.optim.Optimizer:

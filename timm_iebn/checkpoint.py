@@ -23,6 +23,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint that can't be written or read; the message names the file and the remedy."""
 
 
+class TornCheckpointError(CheckpointError):
+    """A checkpoint whose content is torn or changed."""
+
+
 def _flatten(tree: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
     """`tree` as JSON can hold it, each of its tensors replaced by its name in `tensors`."""
     if isinstance(tree, Tensor):
@@ -59,6 +63,15 @@ def _digest(tree: str, tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def sync_to_disk(path: Path) -> None:
+    """Returns when the file or folder (its names) is on the disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Writes `data` so that `path` holds all of it or what it held before, whatever happens meanwhile.
 
@@ -72,11 +85,7 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync_to_disk(path.parent)
     except OSError as e:
         partial.unlink(missing_ok=True)
         reason = "the disk is full" if e.errno in (errno.ENOSPC, errno.EDQUOT) else e.strerror
@@ -108,17 +117,20 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """The state in `path`, on the CPU.
 
     Raises:
-        CheckpointError: the file is torn or changed.
+        TornCheckpointError: the file is torn or changed.
+        CheckpointError: it can't be read.
     """
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         tree, expected = metadata["tree"], metadata["sha256"]
-    except (OSError, SafetensorError, KeyError) as e:
-        raise CheckpointError(f"{path} is not a whole checkpoint: {e}") from e
+    except OSError as e:
+        raise CheckpointError(f"can't read {path}: {e}") from e
+    except (SafetensorError, KeyError) as e:
+        raise TornCheckpointError(f"{path} is not a whole checkpoint: {e}") from e
     if _digest(tree, tensors) != expected:
-        raise CheckpointError(f"{path} is not a whole checkpoint: its checksum is wrong")
+        raise TornCheckpointError(f"{path} is not a whole checkpoint: its checksum is wrong")
     return _unflatten(json.loads(tree), tensors)
 
 
@@ -133,7 +145,7 @@ def load_latest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     for i, path in enumerate(paths):
         try:
             state = read_checkpoint(path)
-        except CheckpointError as e:
+        except TornCheckpointError as e:
             warnings.warn(f"{e}; trying the one before", stacklevel=2)
             continue
         for torn in paths[:i]:

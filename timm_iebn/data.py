@@ -84,6 +84,7 @@ def open_split(recipe: Recipe, split: str, data_dir: str = "") -> tuple[Dataset,
     except (OSError, ValueError, RuntimeError, AssertionError) as e:
         where = f" in {root}" if root else ""
         raise RecipeError(f"data: can't load split {split!r} of {recipe.data!r}{where}: {e}") from e
+    dataset._max_retries = 1  # timm takes the next image in place of one that it can't read
     source = getattr(dataset, "reader", dataset)
     index = getattr(source, "class_to_idx", None) or getattr(source, "class_name_to_idx", None) or {}
     names = {i: str(name) for name, i in reversed(index.items())}  # the first one where a class has several
@@ -262,15 +263,18 @@ class _Reproducible(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        image, label = self.dataset[index]
+        try:
+            image, label = self.dataset[index]
+        except Exception as e:  # whatever a reader or decoder makes of it
+            raise RecipeError(f"data: can't read image {index}: {type(e).__name__}: {e}") from None
         seed_everything(self.seed, self.epoch, index)
         return self.transform(image.convert("RGB")), label
 
 
-def _ignore_signals(_: int) -> None:
-    """A signal to the whole group of processes must not take a worker from the trainer, which ends them itself."""
+def _outlive_signals(_: int) -> None:
+    """A signal to the whole group of processes must not take a worker from the trainer before its last update."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))  # multiprocessing ends workers in this way too
 
 
 def _check_padding(recipe: Recipe, size: Sequence[int]) -> None:
@@ -308,7 +312,7 @@ class TimmLoader(Loader):
             num_workers=self.workers,
             collate_fn=fast_collate,
             pin_memory=device.type == "cuda",
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=_outlive_signals,
         )
         for images, labels in loader:
             yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)

@@ -3,6 +3,7 @@
 With several processes, the main process looks and decides for all: other machines may see other folders.
 """
 
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -35,6 +36,8 @@ def on_main(work: Callable[[], Any]) -> Any:
 
 def work_folder(output: Path) -> Path:
     """Where the run that writes `output` works."""
+    if not output.name or output.name == "..":
+        raise RecipeError(f"output: {str(output)!r} does not name a new folder")
     return output.with_name(output.name + ".run")
 
 
@@ -44,6 +47,8 @@ def check_output(recipe: Recipe, output: Path, resume: bool) -> None:
     if output.exists():
         raise RecipeError(f"output: {output} exists already; choose another folder or move it away")
     if not (folder / "recipe.yaml").exists():
+        if folder.exists() and {p.name for p in folder.iterdir()} - {"lock", "recipe.yaml.partial"}:
+            raise RecipeError(f"output: {folder} is not the folder of a run: choose another output or move it away")
         return
     if not resume:
         raise RecipeError(f"output: {folder} holds an unfinished run; --resume goes on with it, or move it away")
@@ -55,7 +60,19 @@ def finished_row(recipe: Recipe, output: Path) -> dict[str, float] | None:
     if not (output / "log.csv").exists():
         return None
     _check_same_recipe(recipe, output)
-    return read_log(output / "log.csv")[-1]
+    rows = read_log(output / "log.csv")
+    if len(rows) < recipe.epochs:
+        raise RecipeError(f"output: {output / 'log.csv'} has {len(rows)} of {recipe.epochs} epochs: move it away")
+    clean_up(work_folder(output))  # a kill may have prevented it
+    return rows[-1]
+
+
+def clean_up(folder: Path) -> None:
+    """Removes what is of no use after the model folder is written: checkpoints, and all if trackers left nothing."""
+    for path in folder.glob("*.safetensors"):
+        path.unlink(missing_ok=True)
+    if folder.exists() and {p.name for p in folder.iterdir()} <= {"recipe.yaml", "log.csv", "lock"}:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _check_same_recipe(recipe: Recipe, folder: Path) -> None:
@@ -86,4 +103,5 @@ def open_folder(recipe: Recipe, output: Path, resume: bool, lock: FileLock) -> N
     check_output(recipe, output, resume)  # once more: another run may have come and gone
     for path in folder.glob("*.partial"):  # of a run that was killed
         path.unlink()
+    shutil.rmtree(folder / "result", ignore_errors=True)
     write_atomically(folder / "recipe.yaml", recipe.to_yaml().encode())

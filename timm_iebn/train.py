@@ -4,7 +4,6 @@ import hashlib
 import importlib.util
 import math
 import os
-import shutil
 import signal
 import threading
 import time
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import DistributedType, broadcast, set_seed
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError
@@ -26,12 +25,12 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .build import create_model, create_optimizer
+from .build import create_model, create_optimizer, try_model
 from .checkpoint import CheckpointError, checkpoint_path, load_latest, save_checkpoint, write_atomically
 from .convert import convert_sync_batchnorm
 from .data import Images, open_data, seed_everything
 from .evaluate import evaluate, make_loader, make_share
-from .folder import check_output, finished_row, folder_lock, on_main, open_folder, work_folder
+from .folder import check_output, clean_up, finished_row, folder_lock, on_main, open_folder, work_folder
 from .recipe import Recipe, RecipeError
 from .zoo import log_text, save_model_folder
 
@@ -86,6 +85,8 @@ class Trainer:
         )
         if (launched := int(os.environ.get("WORLD_SIZE", 1))) != self.accelerator.num_processes:
             raise RecipeError(f"accelerate: {launched} processes were launched for one: set ACCELERATE_USE_CPU=true")
+        if (parts := self.accelerator.gradient_accumulation_steps) != recipe.grad_accumulation:
+            raise RecipeError(f"grad_accumulation: the environment of accelerate says {parts}; the recipe must decide")
         kind, device = self.accelerator.distributed_type.value, self.accelerator.device.type
         if self.accelerator.distributed_type not in _SPREAD or device == "mps":  # which lacks float64
             raise RecipeError(f"accelerate: {kind} on {device} is not supported: use plain processes on CPU or CUDA")
@@ -104,8 +105,9 @@ class Trainer:
         self.epoch, self.step = 0, 0  # the next batch
         self.rows: list[dict[str, Any]] = []
         self.sums = self._zeros()
+        self.rates: dict[int, float] = {}  # of the epoch's batches
         self.last_checkpoint: Path | None = None
-        self.signum = 0
+        self.signum, self.signalled = 0, 0.0
         if resume:
             self._resume()
         batches = len(self.train_loader)
@@ -134,11 +136,15 @@ class Trainer:
         self.train_loader = make_loader(train_split, share, self.data_config, recipe, workers)
         self.test_loader = make_loader(test_split, share, self.data_config, None, workers)
         if recipe.grad_checkpointing:
-            net.set_grad_checkpointing()
+            try:
+                net.set_grad_checkpointing()
+            except (AssertionError, AttributeError) as e:
+                raise RecipeError(f"grad_checkpointing: {recipe.model!r} has none") from e
         if accelerator.num_processes > 1 and recipe.sync_norms:
             convert_sync_batchnorm(net)
         layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
         self.net = net.to(accelerator.device, memory_format=layout)
+        try_model(recipe, net, self.data_config["input_size"], len(self.classes))
         self.ema = ModelEmaV3(net, recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
         self.mixup = None
         if recipe.mixup or recipe.cutmix:
@@ -223,10 +229,12 @@ class Trainer:
             self.ema.module.load_state_dict(state["ema"])
 
     def _check_finite(self) -> None:
-        if math.isfinite(bad := self.sums[3].item()):
+        """Of all processes, which must call it together."""
+        bad = self.accelerator.gather(self.sums[3:]).min().item()
+        if math.isfinite(bad):
             raise TrainingError(
-                f"the loss is not finite at epoch {self.epoch + 1}, batch {int(bad) + 1}, learning rate {self.lr:.6g}; "
-                f"{self._left()}"
+                f"the loss is not finite at epoch {self.epoch + 1}, batch {int(bad) + 1}, "
+                f"learning rate {self.rates[int(bad)]:.6g}; {self._left()}"
             )
 
     def _left(self) -> str:
@@ -236,8 +244,11 @@ class Trainer:
     # ---- signals
 
     def _on_signal(self, signum: int, _: FrameType | None) -> None:
-        self.signum = signum
-        signal.signal(signum, signal.SIG_DFL)  # the second one stops at once
+        if not self.signum:
+            self.signum, self.signalled = signum, time.monotonic()
+        elif time.monotonic() - self.signalled > 5:  # sooner, it is the same one, passed on by a launcher
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
 
     def _is_stopped(self) -> bool:
         if self.accelerator.num_processes == 1:
@@ -245,9 +256,14 @@ class Trainer:
         # by all processes after the same batch; asking waits for the device, so not after each
         if self.updates % 16 and self.step:
             return False
+        self._check_finite()
         if self.signum:
             self.accelerator.set_trigger()
         return self.accelerator.check_trigger()
+
+    def _stop(self) -> None:
+        self.accelerator.wait_for_everyone()  # a launcher ends all processes when the first one ends
+        raise Stopped(self.signum or signal.SIGTERM, self.output, self.last_checkpoint)
 
     # ---- the loop
 
@@ -277,8 +293,8 @@ class Trainer:
                 self.sums[:3] += torch.stack([loss * len(labels), correct, torch.ones_like(labels).sum()])
                 bad = torch.where(loss.isfinite(), math.inf, float(self.step))
                 self.sums[3] = torch.minimum(self.sums[3], bad)
+            lr = self.rates[self.step] = self.lr
             self.step += 1
-            lr = self.lr
             if accelerator.sync_gradients:
                 self.scheduler.step_update(self.updates)
                 if self.ema:
@@ -288,10 +304,11 @@ class Trainer:
                         self._save()
                     if self._is_stopped():
                         self._save()
-                        raise Stopped(self.signum or signal.SIGTERM, self.output, self.last_checkpoint)
+                        self._stop()
             if time.perf_counter() - shown > 0.5 or self.step == total:  # reading the sums waits for the device
                 shown = time.perf_counter()
-                self._check_finite()
+                if accelerator.num_processes == 1:
+                    self._check_finite()
                 loss_sum, correct, seen, _ = self.sums.tolist()
                 speed = (self.step - first) * self.train_loader.batch_size / (shown - started)
                 note = f"loss {loss_sum / seen:.3f}  top-1 {100 * correct / seen:.1f} %  {speed:.0f} images/s"
@@ -312,7 +329,7 @@ class Trainer:
                 images = (self.step - first) * self.train_loader.batch_size
                 row = dict(epoch=self.epoch + 1, updates=self.updates, lr=lr)
                 row |= dict(train_loss=loss_sum / seen, train_top1=100 * correct / seen)
-                row |= evaluate(self.ema.module if self.ema else self.net, self.test_loader, accelerator)
+                row |= evaluate(self._evaluated(), self.test_loader, accelerator)
                 row |= dict(images_per_second=images / seconds, seconds=time.perf_counter() - started)
                 self._check_finite()
                 if not math.isfinite(row["test_loss"]):
@@ -325,11 +342,19 @@ class Trainer:
                 self._report(row)
                 self._save()
                 if self.epoch < recipe.epochs and self._is_stopped():
-                    raise Stopped(self.signum or signal.SIGTERM, self.output, self.last_checkpoint)
+                    self._stop()
         if accelerator.is_main_process:
             self._finish()
         accelerator.end_training()
         return self.rows[-1]
+
+    def _evaluated(self) -> nn.Module:
+        """The network that is evaluated and saved, with the same running statistics in all processes."""
+        net = self.ema.module if self.ema else self.net
+        if self.accelerator.num_processes > 1 and not self.recipe.sync_norms:
+            for buffer in net.buffers():
+                buffer.copy_(broadcast(buffer.clone()))
+        return net
 
     def _report(self, row: dict[str, Any]) -> None:
         self.accelerator.log({k: v for k, v in row.items() if k != "epoch"}, step=row["epoch"])
@@ -347,16 +372,14 @@ class Trainer:
 
     def _finish(self) -> None:
         net = self.ema.module if self.ema else self.net
+        work = self.folder / "result"
         try:
-            save_model_folder(net, self.output, self.recipe, self.rows, self.classes, self.data_config)
+            save_model_folder(net, self.output, work, self.recipe, self.rows, self.classes, self.data_config)
         except (OSError, SafetensorError) as e:
             raise CheckpointError(
                 f"can't write {self.output}: {e}; the run is done, {self.last_checkpoint} is whole: --resume writes it"
             ) from e
-        for path in self.folder.glob("*.safetensors"):
-            path.unlink()
-        if {p.name for p in self.folder.iterdir()} <= {"recipe.yaml", "log.csv", "lock"}:  # the output has it all
-            shutil.rmtree(self.folder)
+        clean_up(self.folder)
 
 
 def train(

@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import os
 import platform
 import shutil
 import statistics
@@ -19,6 +18,7 @@ from matplotlib.figure import Figure
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
+from .checkpoint import sync_to_disk
 from .layers import IEBN2d
 from .recipe import Recipe, load_recipe
 
@@ -59,24 +59,26 @@ def save_weights(model: nn.Module, path: str | Path) -> None:
 def save_model_folder(
     model: nn.Module,
     folder: str | Path,
+    work: Path,
     recipe: Recipe,
     rows: list[dict[str, Any]],
     classes: list[str],
     data_config: dict[str, Any],
 ) -> None:
-    """Writes `folder`, which must not exist, all at once: weights, config, card, recipe, log, curves and versions."""
+    """Writes `folder`, which must not exist, all at once: weights, config, card, recipe, log, curves and versions.
+
+    They are written to `work`, a new folder on the same disk, and are on the disk before `folder` is there.
+    """
     folder = Path(folder)
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    work.mkdir()
     try:
-        _write_files(model, partial, recipe, rows, classes, data_config)
-        for path in partial.iterdir():  # on the disk before the name is, and before the caller removes checkpoints
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        partial.rename(folder)
+        _write_files(model, work, recipe, rows, classes, data_config)
+        for path in (*work.iterdir(), work):
+            sync_to_disk(path)
+        work.rename(folder)
+        sync_to_disk(folder.parent)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
         raise
 
 
