@@ -298,6 +298,8 @@ class TimmLoader(Loader):
             transform = _train_transform(recipe, data_config) if recipe else _test_transform(data_config)
             self.dataset = _Reproducible(dataset, transform, recipe.seed if recipe else 0)
             self.dataset[0]  # transforms say what they can't do when they are used
+        except RecipeError:
+            raise
         except (AssertionError, KeyError, ValueError, TypeError, AttributeError, OSError) as e:
             given = f"auto_augment {recipe.auto_augment!r}, " if recipe else ""
             raise RecipeError(f"data: can't load an image with {given}{data_config}: {type(e).__name__}: {e}") from e

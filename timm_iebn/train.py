@@ -216,7 +216,8 @@ class Trainer:
         self.epoch, self.step, self.rows = state["epoch"], state["step"], state["rows"]
         if self.accelerator.is_main_process:
             self.sums[:3] = state["sums"].to(self.sums)
-            console.print(f"going on from {self.last_checkpoint}, epoch {self.epoch + 1}, batch {self.step}")
+            place = f"{self.last_checkpoint}, epoch {self.epoch + 1}, batch {self.step}"
+            console.print(f"going on from {place}", soft_wrap=True)
         self.net.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         for parameter, values in self.optimizer.optimizer.state.items():

@@ -53,7 +53,8 @@ _IEBN = (
 
 def save_weights(model: nn.Module, path: str | Path) -> None:
     """The state dict of `model` as safetensors, in the default layout, whatever the layout in memory."""
-    safetensors.torch.save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path)
+    # not save_file, whose files their owner alone can read
+    Path(path).write_bytes(safetensors.torch.save({k: v.contiguous() for k, v in model.state_dict().items()}))
 
 
 def save_model_folder(
