@@ -1,5 +1,6 @@
 import pytest
 import torch
+from training import RICH, run
 
 torch.set_num_threads(1)  # two workers share two cores
 
@@ -11,6 +12,15 @@ def fresh_seed(request):
     torch.manual_seed(seed)
     request.node.user_properties.append(("seed", seed))
     print(f"seed {seed}")
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory):
+    """The model folder of a run that nothing stopped."""
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    result = run("--output", folder, *RICH, cwd=folder.parent)
+    assert result.returncode == 0, result.stderr
+    return folder
 
 
 def randomize(module: torch.nn.Module) -> torch.nn.Module:

@@ -22,15 +22,6 @@ from timm_iebn.recipe import Recipe
 from timm_iebn.train import Trainer, train
 from timm_iebn.zoo import read_log
 
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whole") / "out"
-    result = run("--output", folder, *RICH, cwd=folder.parent)
-    assert result.returncode == 0, result.stderr
-    return folder
-
-
 KILLER = """
 import os, random, runpy, signal, sys
 import timm_iebn.checkpoint, timm_iebn.train

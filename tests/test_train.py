@@ -7,7 +7,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from training import RICH, SHORT, log, run
+from training import SHORT, log, run
 
 from timm_iebn.recipe import Recipe, load_recipe
 from timm_iebn.train import Trainer, TrainingError
@@ -21,14 +21,6 @@ def trained(tmp_path_factory):
     assert result.returncode == 0, result.stderr
     (output,) = (folder / "output").iterdir()  # and no working folder beside it
     return output, result.stdout
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whole") / "out"
-    result = run("--output", folder, *RICH, cwd=folder.parent)
-    assert result.returncode == 0, result.stderr
-    return folder
 
 
 def test_the_default_writes_a_complete_model_folder(trained):

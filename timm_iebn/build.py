@@ -15,10 +15,10 @@ def create_model(recipe: Recipe, num_classes: int, in_chans: int) -> nn.Module:
     """The network of the recipe.
 
     Raises:
-        RecipeError: timm has no such model, or it does not take the arguments.
+        RecipeError: timm has no such model, or it does not take the arguments or has no gradient checkpointing.
     """
     try:
-        return timm.create_model(
+        net = timm.create_model(
             recipe.model, pretrained=recipe.pretrained, num_classes=num_classes, in_chans=in_chans, **recipe.model_args
         )
     except Exception as e:  # whatever a network makes of its arguments
@@ -26,6 +26,12 @@ def create_model(recipe: Recipe, num_classes: int, in_chans: int) -> nn.Module:
         if close := difflib.get_close_matches(recipe.model, timm.list_models(), n=1, cutoff=0.8):
             reason += f"; did you mean {close[0]!r}?" if close[0] != recipe.model else ""
         raise RecipeError(f"model: can't create {recipe.model!r} with model_args {recipe.model_args}: {reason}") from e
+    if recipe.grad_checkpointing:
+        try:
+            net.set_grad_checkpointing()
+        except (AssertionError, AttributeError) as e:
+            raise RecipeError(f"grad_checkpointing: {recipe.model!r} has none") from e
+    return net
 
 
 def try_model(recipe: Recipe, net: nn.Module, input_size: Sequence[int], num_classes: int) -> None:

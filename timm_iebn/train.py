@@ -135,11 +135,6 @@ class Trainer:
         share, self.data_config = make_share(net, train_split, accelerator, recipe.channels_last, recipe.data_config)
         self.train_loader = make_loader(train_split, share, self.data_config, recipe, workers)
         self.test_loader = make_loader(test_split, share, self.data_config, None, workers)
-        if recipe.grad_checkpointing:
-            try:
-                net.set_grad_checkpointing()
-            except (AssertionError, AttributeError) as e:
-                raise RecipeError(f"grad_checkpointing: {recipe.model!r} has none") from e
         if accelerator.num_processes > 1 and recipe.sync_norms:
             convert_sync_batchnorm(net)
         layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
@@ -177,6 +172,11 @@ class Trainer:
     def updates(self) -> int:
         """Updates made so far."""
         return self.epoch * self.updates_per_epoch + self.step // self.recipe.grad_accumulation
+
+    @property
+    def result(self) -> nn.Module:
+        """The network that is evaluated and saved."""
+        return self.ema.module if self.ema else self.net
 
     @property
     def lr(self) -> float:
@@ -330,7 +330,8 @@ class Trainer:
                 images = (self.step - first) * self.train_loader.batch_size
                 row = dict(epoch=self.epoch + 1, updates=self.updates, lr=lr)
                 row |= dict(train_loss=loss_sum / seen, train_top1=100 * correct / seen)
-                row |= evaluate(self._evaluated(), self.test_loader, accelerator)
+                self._share_statistics()
+                row |= evaluate(self.result, self.test_loader, accelerator)
                 row |= dict(images_per_second=images / seconds, seconds=time.perf_counter() - started)
                 self._check_finite()
                 if not math.isfinite(row["test_loss"]):
@@ -349,13 +350,11 @@ class Trainer:
         accelerator.end_training()
         return self.rows[-1]
 
-    def _evaluated(self) -> nn.Module:
-        """The network that is evaluated and saved, with the same running statistics in all processes."""
-        net = self.ema.module if self.ema else self.net
+    def _share_statistics(self) -> None:
+        """Gives all processes the main one's running statistics, where norms are not synchronised."""
         if self.accelerator.num_processes > 1 and not self.recipe.sync_norms:
-            for buffer in net.buffers():
+            for buffer in self.result.buffers():
                 buffer.copy_(broadcast(buffer.clone()))
-        return net
 
     def _report(self, row: dict[str, Any]) -> None:
         self.accelerator.log({k: v for k, v in row.items() if k != "epoch"}, step=row["epoch"])
@@ -372,10 +371,9 @@ class Trainer:
         )
 
     def _finish(self) -> None:
-        net = self.ema.module if self.ema else self.net
         work = self.folder / "result"
         try:
-            save_model_folder(net, self.output, work, self.recipe, self.rows, self.classes, self.data_config)
+            save_model_folder(self.result, self.output, work, self.recipe, self.rows, self.classes, self.data_config)
         except (OSError, SafetensorError) as e:
             raise CheckpointError(
                 f"can't write {self.output}: {e}; the run is done, {self.last_checkpoint} is whole: --resume writes it"

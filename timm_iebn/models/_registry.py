@@ -134,12 +134,10 @@ def _check_fit(state_dict: dict[str, Tensor], model: nn.Module) -> None:
             f"it lacks all {len(gates)} gate parameters, first {gates[0]!r}. Are they batch norm's? Load them into the "
             "batch-norm network and call timm_iebn.convert_bn_to_iebn on it."
         )
-    if gates and not unknown:
-        raise RuntimeError(f"it lacks {len(gates)} gate parameters, first {gates[0]!r}, and has others")
     if lacks or unknown or reshaped:
         raise RuntimeError(
             f"it lacks {len(lacks)} of {len(own)} tensors, has {len(unknown)} unknown ones and {len(reshaped)} of "
-            f"another shape, first {(lacks + unknown + reshaped)[0]!r}. Are they of another architecture?"
+            f"another shape, first {(gates + lacks + unknown + reshaped)[0]!r}. Are they of another architecture?"
         )
 
 
