@@ -19,23 +19,19 @@ from accelerate import PartialState
 import timm_iebn  # noqa: F401  registers the models
 from timm_iebn.checkpoint import CheckpointError
 from timm_iebn.data import open_test_data
-from timm_iebn.evaluate import make_loader, make_share
+from timm_iebn.loaders import make_loader, make_share
 from timm_iebn.recipe import Recipe, RecipeError, load_recipe
 from timm_iebn.train import TRACKERS, Stopped, TrainingError, train
 
 RECIPES = Path(__file__).parents[1] / "zoo" / "recipes"
 
 
-def _default_folder(root: Path, recipe: Recipe, resume: bool) -> Path:
-    """ARCH.TAG in `root`, named like a folder of the zoo; without `resume`, the first one that is free."""
+def _default_folder(root: Path, recipe: Recipe) -> Path:
+    """ARCH.TAG in `root`, named like a folder of the zoo."""
     data, model = (
         name.rstrip("/").rpartition("/")[2].removeprefix("local-dir:") for name in (recipe.data, recipe.model)
     )
-    stem = root / f"{model.split('.')[0]}.{data}_{recipe.epochs}epochs_seed{recipe.seed}"
-    if resume:
-        return stem
-    names = (stem if i == 1 else stem.with_name(f"{stem.name}-{i}") for i in range(1, 10_000))
-    return next(p for p in names if not p.exists() and not p.with_name(p.name + ".run").exists())
+    return root / f"{model.split('.')[0]}.{data}_{recipe.epochs}epochs_seed{recipe.seed}"
 
 
 def _show_predictions(folder: Path, recipe: Recipe, data_dir: str) -> None:
@@ -64,7 +60,7 @@ def main() -> int:
     args = parser.parse_intermixed_args()
     try:
         recipe = load_recipe(args.recipe, args.overrides)
-        folder = args.output or _default_folder(args.output_root, recipe, args.resume)
+        folder = args.output or _default_folder(args.output_root, recipe)
         row = train(recipe, folder, args.resume, args.data_dir, args.workers, args.checkpoint_updates, args.track)
     except (RecipeError, TrainingError, CheckpointError) as e:
         print(f"train.py: {e}", file=sys.stderr)

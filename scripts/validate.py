@@ -12,11 +12,12 @@ import sys
 from pathlib import Path
 
 import timm
-from accelerate import Accelerator
 
 import timm_iebn  # noqa: F401  registers the models
 from timm_iebn.data import open_test_data
-from timm_iebn.evaluate import evaluate, make_loader, make_share
+from timm_iebn.evaluate import evaluate
+from timm_iebn.loaders import make_loader, make_share
+from timm_iebn.processes import create_accelerator
 from timm_iebn.recipe import Recipe, RecipeError, load_recipe
 
 
@@ -44,6 +45,7 @@ def main() -> int:
     args = parser.parse_args()
     try:
         recipe = _recipe(args)
+        accelerator = create_accelerator()
         test, classes = open_test_data(recipe, args.data_dir)
         name = f"local-dir:{args.model}" if Path(args.model).is_dir() else args.model
         model = timm.create_model(name, pretrained=True)
@@ -51,7 +53,6 @@ def main() -> int:
             raise RecipeError(
                 f"{args.model} tells {model.num_classes} classes apart, {recipe.data!r} has {len(classes)}"
             )
-        accelerator = Accelerator()
         share, data_config = make_share(model, test, accelerator, recipe.channels_last)
         loader = make_loader(test, share, data_config, workers=args.workers)
     except (RecipeError, RuntimeError, OSError, ValueError) as e:

@@ -79,6 +79,15 @@ def test_a_torn_checkpoint_gives_way_to_the_one_before(tmp_path):
     assert path.name == "000000001.safetensors" and state == dict(step=1)
 
 
+def test_a_checkpoint_that_cannot_be_read_is_not_called_torn(tmp_path):
+    """A disk that is away for a moment must not cost the newest checkpoint."""
+    save_checkpoint(tmp_path, 1, dict(step=1))
+    (tmp_path / "000000002.safetensors").mkdir()
+    with pytest.raises(CheckpointError, match="can't read .*000000002.safetensors"):
+        load_latest(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 @pytest.mark.filterwarnings("ignore:.*not a whole checkpoint")
 def test_where_none_is_whole_that_is_an_error_and_where_there_is_none_it_is_not(tmp_path):
     assert load_latest(tmp_path) is None

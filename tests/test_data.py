@@ -1,3 +1,4 @@
+import multiprocessing
 import tarfile
 
 import datasets
@@ -6,8 +7,10 @@ import pytest
 import torch
 from PIL import Image
 from torch.nn import functional as F
+from training import image_folder
 
-from timm_iebn.data import Images, MemoryLoader, Share, TimmLoader, crop_and_flip, load_images, open_data
+from timm_iebn.data import Images, load_images, open_data
+from timm_iebn.loaders import MemoryLoader, Share, TimmLoader, crop_and_flip
 from timm_iebn.recipe import Recipe, RecipeError
 
 # timm's reader of image folders leaves closing to the garbage collector
@@ -77,7 +80,7 @@ def test_images_stay_with_their_labels(kind):
 
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_evaluation_counts_each_image_once_over_all_ranks(world_size, kind, monkeypatch):
-    monkeypatch.setattr("timm_iebn.data.TEST_BATCH", 7)
+    monkeypatch.setattr("timm_iebn.loaders.TEST_BATCH", 7)
     ranks = [loader_of(kind, numbered(50), share=share(r, world_size)) for r in range(world_size)]
     assert sorted(sum((labels(r.epoch()) for r in ranks), [])) == list(range(50))
     assert all(len(list(r.epoch())) == len(r) for r in ranks)
@@ -211,6 +214,21 @@ def test_transforms_that_cannot_work_are_named_before_a_run(changes, pictures):
         TimmLoader(train, PLAIN, data_config(32), given)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_that_cannot_be_read_ends_the_run_and_its_workers(workers, tmp_path):
+    image_folder(tmp_path)
+    (tmp_path / "train" / "bee" / "1.png").write_bytes(b"no picture")
+    given = recipe(data="folder", loader="timm", batch_size=4)
+    train, _, _ = open_data(given, str(tmp_path))
+    loader = TimmLoader(train, PLAIN, data_config(8), given, workers)
+    with pytest.raises(
+        RecipeError, match="^data: can't read image 3: RuntimeError: Failed to load 1 [a-z ]*$"
+    ) as caught:
+        list(loader.epoch())
+    assert caught.value  # as long as it is held, its frames are
+    assert not multiprocessing.active_children()
+
+
 def test_images_of_several_sizes_ask_for_the_other_loader(pictures):
     root, _ = pictures
     Image.new("RGB", (9, 8)).save(root / "folders" / "train" / "bee" / "9.png")
@@ -248,16 +266,8 @@ def test_an_impossible_batch_size_is_refused(changes, ranks, message):
         MemoryLoader(numbered(64), share(0, ranks), recipe(**changes))
 
 
-def image_folder(root, *splits):
-    for split in splits:
-        for i, name in enumerate(("ant", "bee")):
-            (root / split / name).mkdir(parents=True)
-            for j in range(2):
-                Image.new("RGB", (8, 8), (i, j, len(split))).save(root / split / name / f"{j}.png")
-
-
 def test_a_folder_without_the_split_is_not_taken_for_it(tmp_path):
-    image_folder(tmp_path, "train", "val")
+    (image_folder(tmp_path) / "test").rename(tmp_path / "val")
     with pytest.raises(RecipeError, match=r"no folder 'test' in .*\['train', 'val'\].*test_split"):
         open_data(recipe(data="folder"), str(tmp_path))
     train, test, classes = open_data(recipe(data="folder", test_split="val"), str(tmp_path))
@@ -266,7 +276,7 @@ def test_a_folder_without_the_split_is_not_taken_for_it(tmp_path):
 
 @pytest.mark.parametrize("loader", ["memory", "timm"])
 def test_tars_have_the_class_names_of_their_folders(tmp_path, loader):
-    image_folder(tmp_path, "train", "test")
+    image_folder(tmp_path)
     for split in ("train", "test"):
         with tarfile.open(tmp_path / f"{split}.tar", "w") as tar:
             tar.add(tmp_path / split, ".")

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from timm_iebn.loaders import _train_transform
 from timm_iebn.recipe import Recipe, RecipeError, load_recipe
 
 RECIPES = sorted((Path(__file__).parents[1] / "zoo" / "recipes").glob("*.yaml"))
@@ -32,6 +33,9 @@ def test_overrides_win_over_the_file():
         ("precision=fp8", "precision: must be one of .*, got 'fp8'"),
         ("loader=tmm", "loader: must be one of memory, timm, got 'tmm'"),
         ("auto_augment=rand-m9", "auto_augment: 'rand-m9' .* needs loader: timm"),
+        ("auto_augment=rand-mfoo", "auto_augment: expected timm's notation, as rand-m9-mstd0.5, got 'rand-mfoo'"),
+        ("auto_augment=randm9", "auto_augment: expected timm's notation"),
+        ("epochs=[", r"'epochs=\[': '\[' is not YAML"),
         ("crop=resized", "crop: 'resized' .* needs loader: timm"),
         ("random_erasing=1.5", "random_erasing: must be between 0 and 1, got 1.5"),
         ("lr=.inf", "lr: must be more than 0, got inf"),
@@ -59,6 +63,15 @@ def test_a_bad_file_is_named(text, tmp_path):
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(RecipeError, match=r"bad\.yaml"):
         load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    "text", ["rand-m9-mstd0.5", "rand-m9-n3-mstd0.5-inc1-tweights", "augmix-m5-w4-d2", "original", "3a"]
+)
+def test_timms_notation_of_augmentation_is_taken(text):
+    given = Recipe(model="m", data="folder", loader="timm", epochs=200, auto_augment=text)
+    data_config = dict(input_size=(3, 32, 32), interpolation="bilinear", mean=(0.5,) * 3)
+    assert _train_transform(given, data_config)
 
 
 def test_a_missing_file_is_named(tmp_path):

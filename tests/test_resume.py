@@ -3,19 +3,18 @@
 import errno
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import timm
 import torch
 from accelerate.utils import set_seed
-from PIL import Image
-from training import ENVIRONMENT, RICH, SCRIPTS, SHORT, log, run, started, wait_for, weights
+from training import ENVIRONMENT, RICH, SCRIPTS, SHORT, image_folder, log, run, started, wait_for, weights
 
 from timm_iebn.checkpoint import CheckpointError, read_checkpoint
 from timm_iebn.recipe import Recipe
@@ -26,7 +25,8 @@ KILLER = """
 import os, random, runpy, signal, sys
 import timm_iebn.checkpoint, timm_iebn.train
 place, after, *sys.argv = sys.argv[1:]
-module, name = dict(evaluation=(timm_iebn.train, "evaluate"), write=(os, "fsync"), rename=(os, "replace"))[place]
+places = dict(evaluation=(timm_iebn.train, "evaluate"), write=(os, "fsync"), rename=(os, "replace"))
+module, name = (places | {"clean-up": (timm_iebn.train, "clean_up")})[place]
 calls, real = 0, getattr(module, name)
 def deadly(*args, **kwargs):
     global calls
@@ -78,6 +78,17 @@ def test_killed_at_random_moments_it_goes_on_to_the_same_bits(uninterrupted, tmp
     assert weights(folder) == weights(uninterrupted)
 
 
+def test_killed_before_the_clean_up_it_only_cleans_up(tmp_path):
+    folder = tmp_path / "out"
+    script = [str(SCRIPTS / "train.py"), "--output", str(folder), "--resume", *SHORT, "epochs=1"]
+    killed = subprocess.run([sys.executable, "-c", KILLER, "clean-up", "0", *script], env=ENVIRONMENT, timeout=600)
+    assert killed.returncode == -signal.SIGKILL and list(folder.with_name("out.run").glob("*.safetensors"))
+    before = weights(folder)
+    result = run(*script[1:], cwd=tmp_path)
+    assert result.returncode == 0 and "top-1" in result.stdout, result.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["out"] and weights(folder) == before
+
+
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_asked_to_stop_it_leaves_a_checkpoint_and_says_how_to_go_on(signum, uninterrupted, tmp_path):
     folder = tmp_path / "out"
@@ -93,19 +104,31 @@ def test_asked_to_stop_it_leaves_a_checkpoint_and_says_how_to_go_on(signum, unin
     assert weights(folder) == weights(uninterrupted)
 
 
+SLOW_DISK = """
+import os, runpy, sys, time
+real = os.fsync
+os.fsync = lambda number: (time.sleep(2), real(number))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def test_processes_asked_to_stop_stop_together_and_go_on(tmp_path):
-    folder = tmp_path / "out"
+    """None ends before the checkpoint is whole: a launcher ends all when the first one ends."""
+    folder, wrapper = tmp_path / "out", tmp_path / "wrapper.py"
+    wrapper.write_text(SLOW_DISK)
     args = ["--output", folder, "--resume", "batch_size=16", "epochs=1", "warmup_epochs=0"]
     args += ["--checkpoint-updates", "20"]
     work = folder.with_name("out.run")
-    with started(*args, processes=2) as launched:
+    with started(SCRIPTS / "train.py", *args, processes=2, script=wrapper) as launched:
         wait_for("0*.safetensors", work, launched)
         launched.send_signal(signal.SIGTERM)
         _, err = launched.communicate(timeout=120)
     *_, checkpoint = sorted(work.glob("*.safetensors"))
     assert err.count(f"stopped by SIGTERM; --resume --output {folder} goes on from {checkpoint}") == 1, err
+    assert not list(work.glob("*.partial"))
     state = read_checkpoint(checkpoint)
-    assert state["step"] % 16 == 0 and state["sums"][2] == 16 * state["step"]
+    assert state["step"] < 1438 // 16 and state["sums"][2] == 16 * state["step"]
     result = run(*args, cwd=tmp_path, processes=2)
     assert result.returncode == 0 and "going on from" in result.stdout, result.stderr
     assert log(folder)[0]["updates"] == str(1438 // 16)
@@ -130,6 +153,29 @@ def test_a_loss_that_bursts_names_the_last_good_checkpoint(tmp_path):
     assert result.returncode == 1 and "the last good checkpoint is " in result.stderr
     (named,) = [word.rstrip(".") for word in result.stderr.split() if word.rstrip(".").endswith(".safetensors")]
     assert all(t.isfinite().all() for t in read_checkpoint(Path(named))["model"].values())
+
+
+POISON = """
+import os, runpy, sys
+from timm_iebn import loaders
+real = loaders.Loader.epoch
+def poisoned(self, *place):
+    for i, (images, labels) in enumerate(real(self, *place)):
+        yield images * (float("nan") if i == 2 and os.environ["RANK"] == "1" else 1), labels
+loaders.Loader.epoch = poisoned
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_loss_that_bursts_in_one_process_ends_all_with_its_batch_and_rate(tmp_path):
+    wrapper = tmp_path / "wrapper.py"
+    wrapper.write_text(POISON)
+    args = [SCRIPTS / "train.py", "--output", tmp_path / "out", *SHORT, "warmup_epochs=2", "sync_norms=false"]
+    result = run(*args, cwd=tmp_path, processes=2, script=wrapper)
+    # the warmup begins at a tenth of 0.05 and would be at 0.05 after 14 updates
+    rate = f"{0.005 + 0.045 * 2 / 14:.6g}"
+    assert result.returncode == 1 and f"epoch 1, batch 3, learning rate {rate}; no checkpoint yet" in result.stderr
 
 
 def test_a_finished_run_is_only_reported(uninterrupted, tmp_path):
@@ -181,6 +227,15 @@ def test_two_processes_train_to_the_weights_of_one(tmp_path):
     assert rows[1]["train_top1"] == pytest.approx(rows[0]["train_top1"], abs=0.2)
 
 
+def test_norms_that_are_not_synchronised_are_evaluated_and_saved_with_one_statistics(tmp_path):
+    folder = tmp_path / "out"
+    result = run("--output", folder, *SHORT, "sync_norms=false", cwd=tmp_path, processes=2)
+    assert result.returncode == 0, result.stderr
+    one = run(folder, cwd=tmp_path, script="validate.py")
+    loss = float(re.search(r"test loss ([\d.]*) ", one.stdout)[1])
+    assert loss == pytest.approx(read_log(folder / "log.csv")[-1]["test_loss"], abs=6e-5)
+
+
 EACH_ITS_OWN = """
 import os, runpy, sys
 script, root, *args = sys.argv[1:]
@@ -229,13 +284,7 @@ def test_two_trainers_do_not_write_to_one_folder(tmp_path):
 
 def test_a_signal_to_the_whole_group_spares_the_workers(tmp_path):
     """As a terminal or a job system sends it: the trainer still leaves its checkpoint."""
-    images = tmp_path / "images"
-    for split in ("train", "test"):
-        for name in "ab":
-            (images / split / name).mkdir(parents=True)
-            for i in range(40):
-                noise = np.random.randint(256, size=(32, 32, 3), dtype=np.uint8)
-                Image.fromarray(noise).save(images / split / name / f"{i}.png")
+    images = image_folder(tmp_path / "images", 40, size=32)
     folder = tmp_path / "out"
     args = ["--output", folder, "--data-dir", images, "--workers", "2", "--checkpoint-updates", "1", "--resume"]
     args += ["data=folder", "loader=timm", "batch_size=8", "epochs=50"]

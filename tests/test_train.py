@@ -2,14 +2,19 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import safetensors.torch
 import timm
 import torch
-from training import SHORT, log, run
+from torch import nn
+from training import ENVIRONMENT, SHORT, image_folder, log, run, weights
 
-from timm_iebn.recipe import Recipe, load_recipe
+from timm_iebn.data import Images
+from timm_iebn.evaluate import evaluate
+from timm_iebn.loaders import MemoryLoader, Share
+from timm_iebn.recipe import Recipe, RecipeError, load_recipe
 from timm_iebn.train import Trainer, TrainingError
 from timm_iebn.zoo import read_log, save_weights
 
@@ -43,10 +48,21 @@ def test_validate_agrees_with_the_log_to_the_last_digit(trained):
     assert float(expected.split()[2]) == pytest.approx(row["test_loss"], abs=6e-5) and row["test_top1"] > 25
 
 
-def test_validate_takes_either_loader_and_any_number_of_processes(trained):
+def test_validate_takes_any_number_of_processes(trained):
     folder, _ = trained
     one, two = (run(folder, cwd=folder.parent, script="validate.py", processes=n) for n in (1, 2))
     assert one.stdout == two.stdout != ""
+
+
+def test_validate_takes_either_loader(tmp_path):
+    data, folder = image_folder(tmp_path / "data", 20, size=32), tmp_path / "out"
+    args = ["data=folder", "epochs=1", "batch_size=8", "warmup_epochs=0", "--data-dir", data]
+    assert run("--output", folder, *args, cwd=tmp_path).returncode == 0
+    memory, timms = (
+        run(folder, "--data-dir", data, "--loader", name, cwd=tmp_path, script="validate.py")
+        for name in ("memory", "timm")
+    )
+    assert memory.stdout == timms.stdout != "", timms.stderr
 
 
 @pytest.mark.parametrize(
@@ -66,8 +82,19 @@ def test_validate_says_in_a_line_what_it_lacks(args, message, trained):
 
 def test_nothing_is_overwritten(trained):
     folder, _ = trained
-    result = run("--output", folder, "epochs=1", cwd=folder.parent)
-    assert result.returncode == 2 and str(folder) in result.stderr and "exists" in result.stderr
+    before = weights(folder)
+    for args, message in (([], "exists already"), (["--resume", "lr=0.01"], "another recipe (lr: 0.05 became 0.01)")):
+        result = run("epochs=3", "warmup_epochs=0", *args, cwd=folder.parents[1])
+        assert result.returncode == 2 and f"output/{folder.name}" in result.stderr and message in result.stderr
+    assert weights(folder) == before
+
+
+def test_a_folder_that_is_not_a_runs_is_left_alone(tmp_path):
+    (tmp_path / "out.run").mkdir()
+    (tmp_path / "out.run" / "notes.txt").write_text("mine")
+    result = run("--output", tmp_path / "out", "--resume", cwd=tmp_path)
+    assert result.returncode == 2 and "out.run is not the folder of a run" in result.stderr
+    assert [p.name for p in (tmp_path / "out.run").iterdir()] == ["notes.txt"]
 
 
 @pytest.mark.parametrize(
@@ -83,6 +110,8 @@ def test_nothing_is_overwritten(trained):
         "data_config={mean: [0.5, 0.5, 0.5]}",
         "data_config={input_size: [1, 8, 8]}",
         "crop_padding=99",
+        "model=vit_tiny_patch16_224",
+        "model_args={num_classes: 0}",
     ],
 )
 def test_a_bad_recipe_ends_with_one_line_and_writes_nothing(override, tmp_path):
@@ -97,6 +126,37 @@ def test_a_tracker_that_is_not_installed_is_named_first(tmp_path):
     result = run("--track", "wandb", "--output", tmp_path / "out", cwd=tmp_path)
     assert result.returncode == 2 and "track: 'wandb' is not installed: pip" in result.stderr
     assert not any(tmp_path.iterdir())
+
+
+def test_gradient_checkpointing_that_a_network_lacks_is_named(tmp_path):
+    result = run("model=dla34", "grad_checkpointing=true", cwd=tmp_path)
+    assert result.returncode == 2 and "grad_checkpointing: 'dla34' has none" in result.stderr
+    assert not any(tmp_path.iterdir())
+
+
+def test_accelerates_environment_does_not_change_the_recipe(tmp_path):
+    environment = ENVIRONMENT | dict(ACCELERATE_GRADIENT_ACCUMULATION_STEPS="2")
+    result = run("grad_accumulation=4", cwd=tmp_path, env=environment)
+    assert result.returncode == 2 and "grad_accumulation: the environment of accelerate says 2" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "script", [["train.py"], ["validate.py", "resnet50_iebn", "--data", "digits"]], ids=lambda s: s[0]
+)
+def test_processes_that_do_not_know_of_each_other_are_refused(script, tmp_path):
+    environment = {k: v for k, v in ENVIRONMENT.items() if k != "ACCELERATE_USE_CPU"} | dict(CUDA_VISIBLE_DEVICES="")
+    name, *args = script
+    result = run(*args, cwd=tmp_path, script=name, processes=2, env=environment)
+    assert result.returncode != 0 and "2 processes were launched for one: set ACCELERATE_USE_CPU=true" in result.stderr
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_second_run_of_a_process_cannot_change_its_precision(tmp_path):
+    recipe = Recipe(model="resnet20_cifar", data="digits")
+    Trainer(recipe, tmp_path / "a")
+    with pytest.raises(RecipeError, match="accelerate: .*mixed_precision"):
+        Trainer(replace(recipe, precision="bf16"), tmp_path / "b")
+    assert not (tmp_path / "b.run").exists()
 
 
 # ---- what a recipe can ask for
@@ -125,6 +185,32 @@ def test_what_a_recipe_asks_for_trains_and_loads(wanted, tmp_path):
     assert all(float(r["train_loss"]) < 3 for r in log(folder))
     timm.create_model(f"local-dir:{folder}", pretrained=True)
     assert list(folder.with_name("out.run").rglob("events.out.tfevents.*"))
+
+
+def test_the_parts_of_an_accumulated_batch_add_up_to_it(tmp_path):
+    """In a network without batch statistics, or each part would have its own."""
+    recipe = Recipe(model="test_vit", data="digits", epochs=2, batch_size=400, milestones=(), lr=0.01, opt="sgd")
+    recipe = replace(recipe, model_args=dict(img_size=32))
+    moves = []
+    for n in (1, 4):
+        trainer = Trainer(replace(recipe, grad_accumulation=n), tmp_path / str(n))
+        start = nn.utils.parameters_to_vector(trainer.net.parameters()).detach()
+        trainer.train_epoch()
+        assert trainer.updates == 3 and trainer.step == 3 * n
+        moves.append(nn.utils.parameters_to_vector(trainer.net.parameters()).detach() - start)
+    assert (moves[1] - moves[0]).norm() < 1e-3 * moves[0].norm() > 0
+
+
+def test_evaluation_is_in_full_float32():
+    class Seen(nn.Module):
+        def forward(self, images):
+            flags.append(torch.backends.cudnn.allow_tf32)
+            return images.flatten(1)
+
+    flags, before = [], torch.backends.cudnn.allow_tf32
+    split = Images(torch.randint(0, 256, (6, 1, 2, 2), dtype=torch.uint8), torch.zeros(6).long(), list("abcd"))
+    evaluate(Seen(), MemoryLoader(split, Share((0.5,), (0.5,))))
+    assert flags == [False] and torch.backends.cudnn.allow_tf32 == before
 
 
 def test_fine_tuning_to_other_classes_starts_from_the_weights(trained, tmp_path):

@@ -9,6 +9,9 @@ import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 SHORT = ["epochs=2", "warmup_epochs=0", "batch_size=200"]  # 14 updates
 # all that has a state or draws random numbers
@@ -30,10 +33,8 @@ def command(*args, processes=1, script="train.py"):
     return [sys.executable, *launch, str(SCRIPTS / script), *map(str, args)]
 
 
-def run(*args, cwd, **kwargs):
-    return subprocess.run(
-        command(*args, **kwargs), cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=600
-    )
+def run(*args, cwd, env=ENVIRONMENT, **kwargs):
+    return subprocess.run(command(*args, **kwargs), cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
 
 
 @contextmanager
@@ -55,6 +56,17 @@ def wait_for(pattern, folder, process):
     while not list(folder.glob(pattern)) and process.poll() is None:
         assert time.monotonic() < deadline, f"no {pattern} in {folder}"
         time.sleep(0.02)
+
+
+def image_folder(root, images_per_class=2, size=8):
+    """Image folders as timm reads them: splits train and test, classes ant and bee, of random pixels."""
+    for split in ("train", "test"):
+        for name in ("ant", "bee"):
+            (root / split / name).mkdir(parents=True)
+            for i in range(images_per_class):
+                pixels = np.random.randint(256, size=(size, size, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+    return root
 
 
 def log(folder):

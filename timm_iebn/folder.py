@@ -1,37 +1,14 @@
-"""The folders of a run: `NAME`, the model folder that it writes at its end, and `NAME.run`, where it works.
-
-With several processes, the main process looks and decides for all: other machines may see other folders.
-"""
+"""The folders of a run: `NAME`, the model folder that it writes at its end, and `NAME.run`, where it works."""
 
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from filelock import FileLock, Timeout
 
-from .checkpoint import CheckpointError, write_atomically
+from .checkpoint import write_atomically
 from .recipe import Recipe, RecipeError, load_recipe
 from .zoo import read_log
-
-
-def on_main(work: Callable[[], Any]) -> Any:
-    """What `work` returns or raises in the main process, in all: other machines may see other folders."""
-    # PartialState itself does not look at what `accelerate launch --cpu` says
-    state, result = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")), None
-    if state.is_main_process:
-        try:
-            result = work()
-        except (RecipeError, CheckpointError) as e:
-            result = e
-    if state.num_processes > 1:
-        (result,) = broadcast_object_list([result])
-    if isinstance(result, Exception):
-        raise result
-    return result
 
 
 def work_folder(output: Path) -> Path:
@@ -45,13 +22,13 @@ def check_output(recipe: Recipe, output: Path, resume: bool) -> None:
     """Raises RecipeError where a run would overwrite something or go on with what is not its own."""
     folder = work_folder(output)
     if output.exists():
-        raise RecipeError(f"output: {output} exists already; choose another folder or move it away")
+        raise RecipeError(f"output: {output} exists already; choose another one or move it away")
     if not (folder / "recipe.yaml").exists():
         if folder.exists() and {p.name for p in folder.iterdir()} - {"lock", "recipe.yaml.partial"}:
             raise RecipeError(f"output: {folder} is not the folder of a run: choose another output or move it away")
         return
     if not resume:
-        raise RecipeError(f"output: {folder} holds an unfinished run; --resume goes on with it, or move it away")
+        raise RecipeError(f"output: {folder} holds an unfinished run; --resume goes on with it; or choose another one")
     _check_same_recipe(recipe, folder)
 
 
@@ -78,7 +55,9 @@ def clean_up(folder: Path) -> None:
 def _check_same_recipe(recipe: Recipe, folder: Path) -> None:
     before, now = asdict(load_recipe(folder / "recipe.yaml")), asdict(recipe)
     if changed := [f"{k}: {before[k]!r} became {now[k]!r}" for k in now if before[k] != now[k]]:
-        raise RecipeError(f"resume: {folder} was started with another recipe ({'; '.join(changed)})")
+        raise RecipeError(
+            f"resume: {folder} was started with another recipe ({'; '.join(changed)}): choose another output"
+        )
 
 
 def folder_lock(output: Path) -> FileLock:

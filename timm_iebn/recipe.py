@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -18,6 +19,8 @@ _CHOICES = dict(
 _POSITIVE = ("epochs", "batch_size", "grad_accumulation", "lr", "decay_rate")
 _NOT_NEGATIVE = ("weight_decay", "clip_grad", "warmup_epochs", "min_lr", "crop_padding", "mixup", "cutmix")
 _BELOW_ONE = ("momentum", "label_smoothing", "ema_decay")
+# timm passes over a section that it does not know, if there is no digit in it
+_AUTO_AUGMENT = re.compile(r"(rand|augmix|(?!rand|augmix)\w+)(-(t[a-z]+|[a-z]+\d[\d.]*))*")
 _PREPROCESSING = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
 
 
@@ -116,6 +119,8 @@ class Recipe:
             raise RecipeError(f"seed: must be between 0 and 2**32 - 1, got {self.seed}")
         if self.warmup_epochs > self.epochs:
             raise RecipeError(f"warmup_epochs: {self.warmup_epochs} are more than the {self.epochs} epochs")
+        if self.auto_augment and not _AUTO_AUGMENT.fullmatch(self.auto_augment):
+            raise RecipeError(f"auto_augment: expected timm's notation, as rand-m9-mstd0.5, got {self.auto_augment!r}")
         if self.loader == "memory" and (self.auto_augment or self.crop != "pad"):
             key = "auto_augment" if self.auto_augment else "crop"
             raise RecipeError(f"{key}: {getattr(self, key)!r} works on single images and needs loader: timm")
@@ -144,6 +149,13 @@ class Recipe:
         return yaml.safe_dump(plain, sort_keys=False)
 
 
+def _parse(override: str, value: str) -> Any:
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError as e:
+        raise RecipeError(f"{override!r}: {value!r} is not YAML: {str(e).splitlines()[0]}") from e
+
+
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """The recipe in the YAML file `path`, with `key=value` overrides.
 
@@ -158,7 +170,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
             if not equals:
                 raise RecipeError(f"{override!r}: overrides are written key=value")
             if values is not None:
-                values[key] = yaml.safe_load(value)
+                values[key] = _parse(override, value)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
         raise RecipeError(f"can't read the recipe {path}: {e}") from e
     if values is None:

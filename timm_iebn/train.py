@@ -3,19 +3,15 @@
 import hashlib
 import importlib.util
 import math
-import os
 import signal
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast, set_seed
+from accelerate.utils import broadcast, set_seed
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError
@@ -28,14 +24,15 @@ from torch.nn import functional as F
 from .build import create_model, create_optimizer, try_model
 from .checkpoint import CheckpointError, checkpoint_path, load_latest, save_checkpoint, write_atomically
 from .convert import convert_sync_batchnorm
-from .data import Images, open_data, seed_everything
-from .evaluate import evaluate, make_loader, make_share
-from .folder import check_output, clean_up, finished_row, folder_lock, on_main, open_folder, work_folder
+from .data import Images, open_data
+from .evaluate import evaluate
+from .folder import check_output, clean_up, finished_row, folder_lock, open_folder, work_folder
+from .loaders import make_loader, make_share, seed_everything
+from .processes import StopRequest, create_accelerator, on_main
 from .recipe import Recipe, RecipeError
 from .zoo import log_text, save_model_folder
 
 TRACKERS = ("tensorboard", "wandb")
-_SPREAD = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
 
 console = Console()
 
@@ -76,21 +73,16 @@ class Trainer:
         for tracker in trackers:
             if importlib.util.find_spec(tracker) is None:
                 raise RecipeError(f"track: {tracker!r} is not installed: pip install {tracker}")
-        self.accelerator = Accelerator(
+        self.accelerator = create_accelerator(
             mixed_precision=recipe.precision,
             gradient_accumulation_steps=recipe.grad_accumulation,
             dynamo_backend="inductor" if recipe.compile else "no",
             log_with=list(trackers) or None,
             project_dir=self.folder,
         )
-        if (launched := int(os.environ.get("WORLD_SIZE", 1))) != self.accelerator.num_processes:
-            raise RecipeError(f"accelerate: {launched} processes were launched for one: set ACCELERATE_USE_CPU=true")
         if (parts := self.accelerator.gradient_accumulation_steps) != recipe.grad_accumulation:
             raise RecipeError(f"grad_accumulation: the environment of accelerate says {parts}; the recipe must decide")
-        kind, device = self.accelerator.distributed_type.value, self.accelerator.device.type
-        if self.accelerator.distributed_type not in _SPREAD or device == "mps":  # which lacks float64
-            raise RecipeError(f"accelerate: {kind} on {device} is not supported: use plain processes on CPU or CUDA")
-        if recipe.precision == "fp16" and device == "cpu":
+        if recipe.precision == "fp16" and self.accelerator.device.type == "cpu":
             raise RecipeError("precision: 'fp16' needs a GPU: use bf16 or no")
         on_main(lambda: check_output(recipe, output, resume))
         set_seed(recipe.seed)
@@ -107,7 +99,7 @@ class Trainer:
         self.sums = self._zeros()
         self.rates: dict[int, float] = {}  # of the epoch's batches
         self.last_checkpoint: Path | None = None
-        self.signum, self.signalled = 0, 0.0
+        self.request = StopRequest()
         if resume:
             self._resume()
         batches = len(self.train_loader)
@@ -242,29 +234,23 @@ class Trainer:
         left = f"the last good checkpoint is {self.last_checkpoint}" if self.last_checkpoint else "no checkpoint yet"
         return f"{left}. Lower lr, add warmup_epochs or clip_grad, or use precision: no, in a run of its own."
 
-    # ---- signals
-
-    def _on_signal(self, signum: int, _: FrameType | None) -> None:
-        if not self.signum:
-            self.signum, self.signalled = signum, time.monotonic()
-        elif time.monotonic() - self.signalled > 5:  # sooner, it is the same one, passed on by a launcher
-            signal.signal(signum, signal.SIG_DFL)
-            os.kill(os.getpid(), signum)
+    # ---- stopping
 
     def _is_stopped(self) -> bool:
         if self.accelerator.num_processes == 1:
-            return self.signum != 0
-        # by all processes after the same batch; asking waits for the device, so not after each
-        if self.updates % 16 and self.step:
+            return self.request.signum != 0
+        # by all processes after the same batch; asking waits for the device, so there not after each
+        every = 16 if self.accelerator.device.type == "cuda" else 1
+        if self.step % every >= self.recipe.grad_accumulation:
             return False
         self._check_finite()
-        if self.signum:
+        if self.request.signum:
             self.accelerator.set_trigger()
         return self.accelerator.check_trigger()
 
     def _stop(self) -> None:
         self.accelerator.wait_for_everyone()  # a launcher ends all processes when the first one ends
-        raise Stopped(self.signum or signal.SIGTERM, self.output, self.last_checkpoint)
+        raise Stopped(self.request.signum or signal.SIGTERM, self.output, self.last_checkpoint)
 
     # ---- the loop
 
@@ -301,10 +287,11 @@ class Trainer:
                 if self.ema:
                     self.ema.update(self.net, step=self.updates)
                 if self.step < total:
-                    if self.checkpoint_updates and self.updates % self.checkpoint_updates == 0:
+                    is_due = self.checkpoint_updates and self.updates % self.checkpoint_updates == 0
+                    is_stopped = self._is_stopped()
+                    if is_due or is_stopped:
                         self._save()
-                    if self._is_stopped():
-                        self._save()
+                    if is_stopped:
                         self._stop()
             if time.perf_counter() - shown > 0.5 or self.step == total:  # reading the sums waits for the device
                 shown = time.perf_counter()
@@ -320,7 +307,7 @@ class Trainer:
     def fit(self) -> dict[str, Any]:
         """Trains to the end and writes the model folder; returns the last epoch's row, whose accuracy is the result."""
         recipe, accelerator = self.recipe, self.accelerator
-        with self.progress:
+        with self.request, self.progress:
             while self.epoch < recipe.epochs:
                 started, first = time.perf_counter(), self.step
                 self.scheduler.step_update(self.updates)
@@ -415,11 +402,7 @@ def train(
     if workers < 0 or checkpoint_updates < 0:
         raise RecipeError(f"workers and checkpoint_updates must not be negative, got {workers}, {checkpoint_updates}")
     trainer = Trainer(recipe, output, resume, data_dir, workers, checkpoint_updates, trackers)
-    signals = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
-    before = {s: signal.signal(s, trainer._on_signal) for s in signals}
     try:
         return trainer.fit()
     finally:
         trainer.lock.release()
-        for s, handler in before.items():
-            signal.signal(s, handler)

@@ -18,12 +18,13 @@ from matplotlib.figure import Figure
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
+from . import __version__
 from .checkpoint import sync_to_disk
 from .layers import IEBN2d
 from .recipe import Recipe, load_recipe
 
 WEIGHTS = "model.safetensors"
-_PACKAGES = ("timm-iebn", "torch", "timm", "accelerate", "safetensors", "huggingface-hub")
+_PACKAGES = ("torch", "timm", "accelerate", "safetensors", "huggingface-hub")
 
 _CARD = """\
 ---
@@ -97,7 +98,7 @@ def _write_files(
     (folder / "recipe.yaml").write_text(recipe.to_yaml())
     (folder / "log.csv").write_text(log_text(rows))
     plot_curves(rows, folder / "curves.png", recipe.model)
-    versions = [f"{name}=={version(name)}" for name in _PACKAGES]
+    versions = [f"timm-iebn=={__version__}", *(f"{name}=={version(name)}" for name in _PACKAGES)]
     python = f"# Python {platform.python_version()}, {platform.system()} {platform.machine()}"
     (folder / "environment.txt").write_text("\n".join([python, *versions]) + "\n")
     norm = _IEBN if any(isinstance(m, IEBN2d) for m in model.modules()) else "Batch norm, the twin of an IEBN network"

@@ -1,0 +1,292 @@
+"""Batches behind one small interface: `Loader.epoch(n)` gives the normalised training or test batches of an epoch.
+
+What a batch holds is a function of the seed, the epoch and its place in it, so that a run can go on in mid-epoch, and
+not of the number of workers. Nor does it depend on the number of processes, but for what random erasing fills in.
+"""
+
+import hashlib
+import random
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from timm.data import create_transform, resolve_data_config, str_to_interp_mode
+from timm.data.loader import fast_collate
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip, Resize
+
+from .data import Images
+from .recipe import Recipe, RecipeError
+
+TEST_BATCH = 500
+
+
+def seed_everything(*numbers: int) -> None:
+    """Seeds Python's, NumPy's and torch's generators with a hash of `numbers`."""
+    seed = int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:4])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of each batch this process takes, where it takes it to, and how images are normalised there."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = torch.device("cpu")
+    channels_last: bool = False
+
+
+class Loader:
+    """Batches of one process, (B, C, H, W) float32 and (B,) labels, on its device.
+
+    With a `recipe`, training batches: shuffled, augmented, without the last incomplete one. Without, test batches: in
+    order, each image in exactly one process's share.
+    """
+
+    def __init__(self, size: int, share: Share, recipe: Recipe | None) -> None:
+        self.size, self.share, self.recipe = size, share, recipe
+        self.batch_size = TEST_BATCH * share.world_size
+        if recipe:
+            self.batch_size = recipe.batch_size // recipe.grad_accumulation
+            parts = recipe.grad_accumulation * share.world_size
+            if recipe.batch_size % parts:
+                raise RecipeError(f"batch_size: {recipe.batch_size} can't be shared by {parts} (processes x parts)")
+            if (recipe.mixup or recipe.cutmix) and recipe.batch_size // parts % 2:
+                raise RecipeError(f"batch_size: mixup and cutmix pair images; {recipe.batch_size // parts} is odd")
+            if recipe.batch_size > size:
+                raise RecipeError(f"batch_size: {recipe.batch_size} is more than the {size} training images")
+        elif size == 0:
+            raise RecipeError("data: the test split is empty")
+        self.mean, self.std = (
+            torch.tensor(v, device=share.device).view(-1, 1, 1) * 255 for v in (share.mean, share.std)
+        )
+        self.erase = None
+        if recipe and recipe.random_erasing:
+            self.erase = RandomErasing(recipe.random_erasing, mode="pixel", device=share.device)
+
+    def __len__(self) -> int:
+        """Batches in an epoch; of training batches, whole groups between two updates."""
+        if not self.recipe:
+            return -(-len(range(self.share.rank, self.size, self.share.world_size)) // TEST_BATCH)
+        return self.size // self.recipe.batch_size * self.recipe.grad_accumulation
+
+    def indices(self, epoch: int) -> list[Tensor]:
+        """The images of each of this process's batches."""
+        order = torch.arange(self.size)
+        if self.recipe:
+            order = torch.randperm(self.size, generator=self._generator(epoch, "order"))
+        order = order[self.share.rank :: self.share.world_size]
+        step = self.batch_size // self.share.world_size
+        return [order[i * step : (i + 1) * step] for i in range(len(self))]
+
+    def _generator(self, epoch: int, purpose: str) -> torch.Generator:
+        name = f"{self.recipe.seed} {epoch} {purpose}".encode()
+        return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name).digest()[:6]))
+
+    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of `epoch` from number `start` on."""
+        share = self.share
+        for i, (images, labels) in enumerate(self._batches(epoch, start), start):
+            images = images.float().sub_(self.mean).div_(self.std)
+            if self.erase:
+                seed_everything(self.recipe.seed, epoch, i, share.rank)
+                images = self.erase(images)
+            layout = torch.channels_last if share.channels_last else torch.contiguous_format
+            yield images.contiguous(memory_format=layout), labels
+
+    def _batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """uint8 images and their labels on the device, augmented up to here."""
+        raise NotImplementedError
+
+
+class MemoryLoader(Loader):
+    """Batches of a split that is held on the device, augmented there, whole batches at once.
+
+    Worker processes would starve an accelerator at the sizes that it is made for.
+    """
+
+    def __init__(self, split: Images, share: Share, recipe: Recipe | None = None) -> None:
+        super().__init__(len(split), share, recipe)
+        self.images, self.labels = split.images.to(share.device), split.labels.to(share.device)
+        if recipe:
+            _check_padding(recipe, self.images.shape[2:])
+
+    def _batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        device = self.share.device
+        if self.recipe:
+            generator, padding = self._generator(epoch, "augmentation"), self.recipe.crop_padding
+            # for every image of the epoch, so that they do not depend on how batches are cut
+            shifts = torch.randint(0, 2 * padding + 1, (2, self.size), generator=generator).to(device)
+            mirrored = (torch.rand(self.size, generator=generator) < 0.5 * self.recipe.hflip).to(device)
+        for index in self.indices(epoch)[start:]:
+            index = index.to(device)
+            images = self.images[index]
+            if self.recipe:
+                images = crop_and_flip(images, padding, shifts[:, index], mirrored[index])
+            yield images, self.labels[index]
+
+
+def crop_and_flip(images: Tensor, padding: int, shifts: Tensor, mirrored: Tensor) -> Tensor:
+    """Windows of the zero-padded images (N, C, H, W) at `shifts` (2, N), those that are `mirrored` (N,) flipped."""
+    n, _, h, w = images.shape
+    if padding:
+        rows, columns = (
+            s[:, None] + torch.arange(size, device=s.device) for s, size in zip(shifts, (h, w), strict=True)
+        )
+        padded = F.pad(images, (padding,) * 4)
+        image = torch.arange(n, device=images.device)[:, None, None]
+        # advanced indices around a slice put the batch and image axes first
+        images = padded[image, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    return torch.where(mirrored[:, None, None, None], images.flip(3), images)
+
+
+class _Reproducible(Dataset):
+    """`dataset` with `transform`, whose random choices depend on the seed, the epoch and the image alone."""
+
+    def __init__(self, dataset: Dataset, transform: Any, seed: int) -> None:
+        self.dataset, self.transform, self.seed, self.epoch = dataset, transform, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        try:
+            image, label = self.dataset[index]
+        except Exception as e:  # whatever a reader or decoder makes of it
+            raise RecipeError(f"data: can't read image {index}: {type(e).__name__}: {e}") from None
+        seed_everything(self.seed, self.epoch, index)
+        return self.transform(image.convert("RGB")), label
+
+
+def _outlive_signals(_: int) -> None:
+    """A signal to the whole group of processes must not take a worker from the trainer before its last update."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))  # multiprocessing ends workers in this way too
+
+
+def _check_padding(recipe: Recipe, size: Sequence[int]) -> None:
+    if recipe.crop == "pad" and recipe.crop_padding >= min(size):
+        raise RecipeError(f"crop_padding: {recipe.crop_padding} is too much for images of {size[0]}x{size[1]}")
+
+
+class TimmLoader(Loader):
+    """Batches of any map-style data set of timm, through timm's transforms in worker processes."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        share: Share,
+        data_config: dict[str, Any],
+        recipe: Recipe | None = None,
+        workers: int = 0,
+    ) -> None:
+        super().__init__(len(dataset), share, recipe)
+        try:
+            transform = _train_transform(recipe, data_config) if recipe else _test_transform(data_config)
+            self.dataset = _Reproducible(dataset, transform, recipe.seed if recipe else 0)
+            self.dataset[0]  # transforms say what they can't do when they are used
+        except RecipeError:
+            raise
+        except (AssertionError, KeyError, ValueError, TypeError, AttributeError, OSError) as e:
+            given = f"auto_augment {recipe.auto_augment!r}, " if recipe else ""
+            raise RecipeError(f"data: can't load an image with {given}{data_config}: {type(e).__name__}: {e}") from e
+        self.workers = workers
+
+    def _batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        device = self.share.device
+        self.dataset.epoch = epoch
+        loader = DataLoader(
+            self.dataset,
+            batch_sampler=[index.tolist() for index in self.indices(epoch)[start:]],
+            num_workers=self.workers,
+            collate_fn=fast_collate,
+            pin_memory=device.type == "cuda",
+            worker_init_fn=_outlive_signals,
+        )
+        try:
+            for images, labels in loader:
+                yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        except RecipeError as e:
+            # the text holds the worker's traceback, and what holds e's own keeps the workers alive
+            raise RecipeError(str(e.with_traceback(None)).rpartition("RecipeError: ")[2].strip()) from None
+
+
+def _test_transform(data_config: dict[str, Any]) -> Any:
+    names = ("input_size", "interpolation", "crop_pct", "crop_mode")
+    return create_transform(**{k: data_config[k] for k in names}, use_prefetcher=True)
+
+
+def _train_transform(recipe: Recipe, data_config: dict[str, Any]) -> Any:
+    size, flip = data_config["input_size"], 0.5 * recipe.hflip
+    first, *rest = create_transform(
+        size,
+        is_training=True,
+        hflip=flip,
+        color_jitter=None,
+        auto_augment=recipe.auto_augment or None,
+        interpolation=data_config["interpolation"],
+        mean=data_config["mean"],
+        use_prefetcher=True,
+        separate=True,
+    )
+    if recipe.crop == "pad":
+        _check_padding(recipe, size[1:])
+        resize = Resize(size[1:], str_to_interp_mode(data_config["interpolation"]))  # leaves images of that size alone
+        first = Compose([resize, RandomCrop(size[1:], padding=recipe.crop_padding), RandomHorizontalFlip(flip)])
+    return Compose([first, *rest])
+
+
+def make_loader(
+    split: Images | Dataset, share: Share, data_config: dict[str, Any], recipe: Recipe | None = None, workers: int = 0
+) -> Loader:
+    """The loader for a split of `open_data`; with a `recipe` for training, without for testing."""
+    if isinstance(split, Images):
+        return MemoryLoader(split, share, recipe)
+    return TimmLoader(split, share, data_config, recipe, workers)
+
+
+def make_share(
+    model: nn.Module,
+    split: Images | Dataset,
+    accelerator: Accelerator | None = None,
+    channels_last: bool = True,
+    data_config: dict[str, Any] | None = None,
+) -> tuple[Share, dict[str, Any]]:
+    """This process's share of the data, and the preprocessing for `split`: that of timm's config of `model`, changed by
+    `data_config`.
+
+    Raises:
+        RecipeError: `data_config` asks for what `split` or `model` can't do.
+    """
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in (data_config or {}).items()}
+    config = resolve_data_config(model=model) | given
+    channels = 3
+    if isinstance(split, Images):
+        own = tuple(split.images.shape[1:])
+        if given.get("input_size", own) != own:
+            raise RecipeError(f"data_config: in memory, images keep their size {list(own)}: use loader: timm")
+        channels, config["input_size"], config["crop_pct"] = own[0], own, 1.0
+        if channels != len(config["mean"]) and not given.keys() & {"mean", "std"}:
+            config |= {k: (sum(config[k]) / len(config[k]),) * channels for k in ("mean", "std")}
+    for key, found in dict(
+        input_size=config["input_size"][0], mean=len(config["mean"]), std=len(config["std"])
+    ).items():
+        if found != channels:
+            raise RecipeError(f"data_config: {key} {list(config[key])} is not for images of {channels} channels")
+    share = Share(tuple(config["mean"]), tuple(config["std"]), channels_last=channels_last)
+    if accelerator:
+        place = accelerator.process_index, accelerator.num_processes, accelerator.device
+        share = replace(share, **dict(zip(("rank", "world_size", "device"), place, strict=True)))
+    return share, config

@@ -1,0 +1,78 @@
+"""The processes of a run: what they run on, who decides for all, and who asks them to stop."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, broadcast_object_list, parse_flag_from_env
+
+from .checkpoint import CheckpointError
+from .recipe import RecipeError
+
+_SPREAD = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
+
+
+def create_accelerator(**kwargs: Any) -> Accelerator:
+    """`Accelerator(**kwargs)` on plain processes, on CPU or CUDA.
+
+    Raises:
+        RecipeError: accelerate sees another kind of device or spread, or does not see the processes that were launched.
+    """
+    try:
+        accelerator = Accelerator(**kwargs)
+    except ValueError as e:  # another run of this process has set what can't be changed
+        raise RecipeError(f"accelerate: {e}") from e
+    launched, kind = int(os.environ.get("WORLD_SIZE", 1)), accelerator.distributed_type
+    if launched != accelerator.num_processes:
+        raise RecipeError(f"accelerate: {launched} processes were launched for one: set ACCELERATE_USE_CPU=true")
+    if kind not in _SPREAD or accelerator.device.type not in ("cpu", "cuda"):  # sums need float64, which MPS lacks
+        raise RecipeError(
+            f"accelerate: {kind.value} on {accelerator.device.type} is not supported: use plain processes on CUDA, or "
+            "on CPU with ACCELERATE_USE_CPU=true"
+        )
+    return accelerator
+
+
+def on_main(work: Callable[[], Any]) -> Any:
+    """What `work` returns or raises in the main process, in all: other machines may see other folders."""
+    # PartialState itself does not look at what `accelerate launch --cpu` says
+    state, result = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")), None
+    if state.is_main_process:
+        try:
+            result = work()
+        except (RecipeError, CheckpointError) as e:
+            result = e
+    if state.num_processes > 1:
+        (result,) = broadcast_object_list([result])
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+class StopRequest:
+    """SIGTERM or Ctrl-C while it is entered: `signum`, 0 without. The same once more, 5 s later, ends the process."""
+
+    def __init__(self) -> None:
+        self.signum, self._asked = 0, 0.0
+
+    def __enter__(self) -> "StopRequest":
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        signals = (signal.SIGTERM, signal.SIGINT) if in_main_thread else ()
+        self._before = {s: signal.signal(s, self._take) for s in signals}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for s, handler in self._before.items():
+            signal.signal(s, handler)
+
+    def _take(self, signum: int, _: FrameType | None) -> None:
+        if not self.signum:
+            self.signum, self._asked = signum, time.monotonic()
+        elif time.monotonic() - self._asked > 5:  # sooner, it is the same one, passed on by a launcher
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
