@@ -10,19 +10,22 @@ from .convert import (
     unfreeze_batch_norm_2d,
 )
 from .layers import IEBN2d, IEBNAct2d
-from .ops import iebn
+from .ops import backend, get_backend, iebn, set_backend
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
     "IEBN2d",
     "IEBNAct2d",
+    "backend",
     "convert_bn_to_iebn",
     "convert_iebn_to_bn",
     "convert_sync_batchnorm",
     "freeze_batch_norm_2d",
+    "get_backend",
     "iebn",
     "load_authors_checkpoint",
     "models",
+    "set_backend",
     "unfreeze_batch_norm_2d",
 ]

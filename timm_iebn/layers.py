@@ -11,6 +11,7 @@ from timm.layers.typing import LayerType
 from torch import Tensor, nn
 
 from .ops import batch_share, check_input, iebn, iebn_reference
+from .ops.activations import activation_name
 
 torch.fx.wrap("iebn")  # a symbolic trace of a bare layer keeps the call whole: it branches on sizes
 
@@ -136,7 +137,7 @@ class IEBN2d(nn.BatchNorm2d):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
-    def _normalize(self, x: Tensor) -> Tensor:
+    def _normalize(self, x: Tensor, act: str = "") -> Tensor:
         training = self.training and not self.frozen
         if torch.jit.is_scripting():
             if training and self.sync:
@@ -175,6 +176,7 @@ class IEBN2d(nn.BatchNorm2d):
             self.momentum,
             self._eps,
             self._group(),
+            act=act,
         )
 
     @torch.jit.unused
@@ -223,6 +225,9 @@ class IEBNAct2d(IEBN2d):
         if not torch.jit.is_scripting():
             if _is_symbolic(self, x):
                 return _as_node(self, x)
+            act = activation_name(self.act)
+            if act and type(self.drop) is nn.Identity:
+                return self._normalize(x, act)
         return self.act(self.drop(self._normalize(x)))
 
 

@@ -1,14 +1,29 @@
-"""IEBN as functions: `iebn()` checks its input and chooses the path in one place."""
+"""IEBN as functions: `iebn()` checks its input and takes the path that `backend` chooses."""
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .activations import ACTIVATIONS
+from .backend import backend, get_backend, set_backend, triton, uses_reference, uses_triton
 from .eager import iebn_eager
-from .reference import iebn_reference
+from .reference import iebn_reference, update_running
 
-__all__ = ["batch_share", "check_input", "iebn", "iebn_eager", "iebn_reference"]
+if triton is not None:
+    from .custom import iebn_op
+
+__all__ = [
+    "backend",
+    "batch_share",
+    "check_input",
+    "get_backend",
+    "iebn",
+    "iebn_eager",
+    "iebn_reference",
+    "set_backend",
+    "uses_triton",
+]
 
 
 def check_input(x: Tensor, num_features: int, batch: bool) -> None:
@@ -52,6 +67,8 @@ def iebn(
     momentum: float | None,
     eps: float,
     group: dist.ProcessGroup | None = None,
+    residual: Tensor | None = None,
+    act: str = "",
 ) -> Tensor:
     """Instance Enhancement Batch Normalization of `x` (arXiv 1908.04008), the counterpart of `F.batch_norm`.
 
@@ -65,15 +82,19 @@ def iebn(
         momentum: share of the batch in the updated running statistics; None for an average over all batches.
         eps: added to the variance.
         group: take the batch's statistics over all ranks of this process group.
+        residual: (N, C, H, W), added to the result.
+        act: the activation of it: 'relu', 'relu6', 'hard_swish', 'silu' or none. Where Triton is used, both are fused.
 
     Returns:
         (N, C, H, W) in the dtype and layout of `x`. Statistics and gates are computed in float32 or wider.
 
     Raises:
-        ValueError: `x` is not 4D, or training with one value per channel.
+        ValueError: `x` is not 4D, or training with one value per channel; no such activation.
         RuntimeError: `x` has another number of channels than the parameters, or these differ.
         NotImplementedError: `x` is not floating point.
     """
+    if act not in ACTIVATIONS:
+        raise ValueError(f"act must be one of {', '.join(filter(None, ACTIVATIONS))} or empty, got {act!r}")
     vectors = weight, bias, gate_weight, gate_bias, running_mean, running_var
     tracing = torch.jit.is_tracing()  # where sizes are tensors that must not be branched on
     if not tracing:
@@ -87,10 +108,48 @@ def iebn(
     # tensor subclasses (fake, distributed) and meta tensors have no values to look at or memory to keep
     symbolic = tracing or torch.compiler.is_compiling() or type(x) is not Tensor or x.is_meta
     share = batch_share(num_batches_tracked, momentum, training)
-    if group is None and (symbolic or _is_transformed()):
+    formula = uses_reference() or symbolic or _is_transformed()
+    behind = residual, act
+    if group is None and torch.compiler.is_compiling() and _can_fuse(x, residual):
+        y, behind = _compiled(*tensors, training, share, eps, residual, act), (None, "")
+    elif group is None and formula:
         y = iebn_reference(*tensors, training, share, eps)
+    elif _can_fuse(x, residual):
+        y, behind = iebn_eager(*tensors, training, share, eps, group, residual, act), (None, "")
     else:
         y = iebn_eager(*tensors, training, share, eps, group)
     if training and num_batches_tracked is not None:
         num_batches_tracked.add_(1)
+    residual, act = behind
+    return ACTIVATIONS[act](y if residual is None else y + residual)
+
+
+def _can_fuse(x: Tensor, residual: Tensor | None) -> bool:
+    """Whether the fused kernels take `x`, and `residual` with it."""
+    fits = residual is None or (residual.shape == x.shape and residual.dtype == x.dtype)
+    return fits and not torch.onnx.is_in_onnx_export() and uses_triton(x)
+
+
+def _compiled(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    gate_weight: Tensor,
+    gate_bias: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    residual: Tensor | None,
+    act: str,
+) -> Tensor:
+    """The fused kernels as an operator that a compiler keeps."""
+    batch = training or running_mean is None
+    given = (None, None) if batch else (running_mean, running_var)
+    y, _, _, mean, var = iebn_op(x, weight, bias, gate_weight, gate_bias, residual, *given, eps, act)
+    if batch and running_mean is not None:
+        count = x.numel() // x.shape[1]
+        with torch.no_grad():
+            update_running(running_mean, running_var, mean, var * (count / (count - 1)), momentum)
     return y

@@ -1,7 +1,7 @@
 """IEBN with its gradient in closed form: the path of eager training and inference.
 
 Autograd through the formula keeps and rereads half a dozen (N, C, H, W) tensors. Here each direction takes two passes
-over them, as batch norm does: `cpu` or `passes` has them, this module differentiates and synchronises.
+over them, as batch norm does: `triton`, `cpu` or `passes` has them, this module differentiates and synchronises.
 """
 
 from typing import Any
@@ -10,7 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import cpu, passes
+from . import passes
+from .activations import ACTIVATIONS
+from .backend import passes_for, triton
 from .reference import iebn_reference, update_running
 
 
@@ -40,14 +42,16 @@ class _IEBN(torch.autograd.Function):
         bias: Tensor | None,
         gate_weight: Tensor,
         gate_bias: Tensor,
+        residual: Tensor | None,
         running_mean: Tensor | None,
         running_var: Tensor | None,
         batch: bool,
         momentum: float,
         eps: float,
         group: dist.ProcessGroup | None,
+        act: str,
     ) -> Tensor:
-        backend = cpu if cpu.supports(x) else passes
+        backend = passes_for(x)
         mean_NC, mean, var = backend.statistics(x, batch)
         if x.numel() == 0:  # a detector's empty batch: nothing moves, where 0 / 0 would
             mean_NC, mean, var = (None if t is None else torch.zeros_like(t) for t in (mean_NC, mean, var))
@@ -61,44 +65,75 @@ class _IEBN(torch.autograd.Function):
             mean, var, count = _merge(mean, var, count, group)
         if batch and running_mean is not None and (group is not None or x.numel()):
             update_running(running_mean, running_var, mean, var * (count / (count - 1)), momentum)
-        y, gate_NC = backend.normalize(x, mean_NC, mean, var, eps, weight, bias, gate_weight, gate_bias)
+        fused = dict(residual=residual, act=act) if act or residual is not None else {}
+        y, gate_NC = backend.normalize(x, mean_NC, mean, var, eps, weight, bias, gate_weight, gate_bias, **fused)
         if ctx is not None:
-            ctx.eps, ctx.count, ctx.group = eps, count, group
-            ctx.save_for_backward(x, weight, bias, gate_weight, gate_bias, mean_NC, mean, var, gate_NC)
+            ctx.backend, ctx.eps, ctx.count, ctx.group, ctx.act = backend, eps, count, group, act
+            kept = triton.kept(residual, y, act) if act else (None, None)
+            ctx.save_for_backward(x, weight, bias, gate_weight, gate_bias, *kept, mean_NC, mean, var, gate_NC)
         return y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple:
-        x, weight, bias, gate_weight, gate_bias, mean_NC, mean, var, gate_NC = ctx.saved_tensors
+        x, weight, bias, gate_weight, gate_bias, residual, result, mean_NC, mean, var, gate_NC = ctx.saved_tensors
         params = weight, bias, gate_weight, gate_bias
         if torch.is_grad_enabled():  # create_graph=True: the second derivative goes through the formula
-            return (*_reference_grads(ctx, (x, *params), mean, var, g), *_NO_GRADS)
-        backend = cpu if cpu.supports(x) else passes
-        if backend is cpu:
-            g = cpu.like(g, x)
-        dz_NC, grads, sums = backend.reduce(g, x, mean_NC, gate_NC, mean, var, ctx.eps, weight)
+            return (*_reference_grads(ctx, (x, *params), residual, result, mean, var, g), *_NO_GRADS)
+        backend, dresidual, behind, kept = ctx.backend, g, {}, {}
+        if backend is not passes and not backend.supports(x):  # hooks may have changed it, a mode may be watching
+            backend, x = (backend, x.resolve_neg().contiguous()) if ctx.act else (passes, x)
+        if backend is not passes:
+            g = backend.like(g, x)
+        if ctx.act:
+            behind = dict(bias=bias, act=ctx.act)
+            kept = dict(residual=residual, result=result, dresidual=triton.residual_gradient(x, residual, result))
+        dz_NC, grads, sums = backend.reduce(g, x, mean_NC, gate_NC, mean, var, ctx.eps, weight, **behind, **kept)
+        if kept.get("dresidual") is not None:
+            g = dresidual = kept["dresidual"]
+            behind = {}
         dx = None
         if ctx.needs_input_grad[0]:
             if ctx.group is not None:
                 dist.all_reduce(sums, group=ctx.group)
-            dx = backend.grad_input(g, x, gate_NC, dz_NC, mean, var, ctx.eps, weight, gate_weight, sums, ctx.count)
+            scales = weight, gate_weight, sums, ctx.count
+            dx = backend.grad_input(g, x, gate_NC, dz_NC, mean, var, ctx.eps, *scales, **behind)
         # autograd casts them to the parameters' dtypes
-        return (dx, *(None if p is None else d for p, d in zip(params, grads, strict=True)), *_NO_GRADS)
+        dparams = (None if p is None else d for p, d in zip(params, grads, strict=True))
+        return dx, *dparams, dresidual if ctx.needs_input_grad[5] else None, *_NO_GRADS
 
 
-_NO_GRADS = (None,) * 6  # for what `_IEBN.forward` takes besides x and the parameters
+_NO_GRADS = (None,) * 7  # for what `_IEBN.forward` takes besides x, the parameters and the residual
 
 
-def _reference_grads(ctx: Any, inputs: tuple[Tensor | None, ...], mean: Tensor, var: Tensor, grad: Tensor) -> list:
+def _reference_grads(
+    ctx: Any,
+    inputs: tuple[Tensor | None, ...],
+    residual: Tensor | None,
+    result: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    grad: Tensor,
+) -> list:
     if ctx.group is not None:
         raise NotImplementedError("synchronised IEBN has no second derivative: compute it in one process")
     mean, var = (mean, var) if ctx.count == 0 else (None, None)
+    act = ctx.act
+    if result is not None:  # of an activation without a second derivative: its slope is all that matters
+        end = result.detach().requires_grad_()
+        with torch.enable_grad():
+            (slope,) = torch.autograd.grad(ACTIVATIONS[act](end).sum(), end)
+        grad, act = grad * slope, ""
     # views, because one input may be a function of another, and theirs are partial derivatives
-    inputs = tuple(None if t is None else t.view_as(t) for t in inputs)
-    y = iebn_reference(*inputs, mean, var, training=False, momentum=0.0, eps=ctx.eps)
-    wanted = [p for p, needed in zip(inputs, ctx.needs_input_grad[:5], strict=True) if needed]
-    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
-    return [next(found) if needed else None for needed in ctx.needs_input_grad[:5]]
+    inputs = tuple(None if t is None else t.view_as(t) for t in (*inputs, residual))
+    y = iebn_reference(*inputs[:5], mean, var, training=False, momentum=0.0, eps=ctx.eps)
+    y = ACTIVATIONS[act](y if residual is None else y + inputs[5])
+    needed = [t is not None and need for t, need in zip(inputs, ctx.needs_input_grad, strict=False)]
+    wanted = [t for t, need in zip(inputs, needed, strict=True) if need]
+    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True)) if wanted else iter(())
+    grads = [next(found) if need else None for need in needed]
+    if residual is None and ctx.needs_input_grad[5]:  # it was added behind all this
+        grads[5] = grad
+    return grads
 
 
 def iebn_eager(
@@ -113,14 +148,17 @@ def iebn_eager(
     momentum: float,
     eps: float,
     group: dist.ProcessGroup | None = None,
+    residual: Tensor | None = None,
+    act: str = "",
 ) -> Tensor:
-    """As `iebn_reference`. With `group`, the batch is that of all its ranks, which must call in the same order.
+    """As `iebn_reference`. With `group`, the batch is that of all its ranks, which must call in the same order. Where
+    `uses_triton(x)`, `residual`, like `x`, is added and `act` applied behind it.
 
     Differentiable twice, the second time through the reference; not with `group`.
     """
     batch = training or running_mean is None
-    inputs = x, weight, bias, gate_weight, gate_bias
-    args = (*inputs, running_mean, running_var, batch, momentum, eps, group if batch else None)
+    inputs = x, weight, bias, gate_weight, gate_bias, residual
+    args = (*inputs, running_mean, running_var, batch, momentum, eps, group if batch else None, act)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         return _IEBN.apply(*args)
     with torch.no_grad():

@@ -1,0 +1,30 @@
+"""The activations that can be fused behind the layer."""
+
+from collections.abc import Callable
+
+from timm.layers import activations as timm_activations
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "": lambda x: x,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "hard_swish": F.hardswish,
+    "silu": F.silu,
+}
+FROM_RESULT = ("relu", "relu6")  # whose gradient can be found from the result
+_MODULES = {
+    nn.Identity: "",
+    nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    nn.Hardswish: "hard_swish",
+    timm_activations.HardSwish: "hard_swish",
+    nn.SiLU: "silu",
+    timm_activations.Swish: "silu",
+}
+
+
+def activation_name(module: nn.Module) -> str | None:
+    """The name in `ACTIVATIONS` of what `module` computes; None where it is another one, or is hooked."""
+    return None if module._forward_hooks or module._forward_pre_hooks else _MODULES.get(type(module))

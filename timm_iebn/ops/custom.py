@@ -1,0 +1,107 @@
+"""The fused kernels as torch custom operators, which torch.compile and torch.export keep whole in their graphs."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import triton
+
+
+@torch.library.custom_op("timm_iebn::iebn", mutates_args=())
+def iebn_op(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    gate_weight: Tensor,
+    gate_bias: Tensor,
+    residual: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    eps: float,
+    act: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The output (N, C, H, W); instance means and gates (N, C); and mean and biased variance (C,), which are those of
+    the batch where none are given.
+    """
+    mean_NC, *batch = triton.statistics(x, mean is None)
+    mean, var = batch if mean is None else (mean.float().clone(), var.float().clone())
+    y, gate_NC = triton.normalize(x, mean_NC, mean, var, eps, weight, bias, gate_weight, gate_bias, residual, act)
+    return y, mean_NC, gate_NC, mean, var
+
+
+@iebn_op.register_fake
+def _fake_iebn(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    n, c = x.shape[:2]
+    shapes = (n, c), (n, c), (c,), (c,)
+    return torch.empty_like(x), *(x.new_empty(shape, dtype=torch.float32) for shape in shapes)
+
+
+@torch.library.custom_op("timm_iebn::iebn_backward", mutates_args=())
+def iebn_backward_op(
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    gate_weight: Tensor,
+    residual: Tensor | None,
+    result: Tensor | None,
+    mean_NC: Tensor,
+    gate_NC: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    batch: bool,
+    eps: float,
+    act: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of `x`; of the residual behind which there is an activation, or an empty tensor; and of weight,
+    bias, gate_weight and gate_bias, (4, C).
+    """
+    g = triton.like(g, x)
+    dresidual = triton.residual_gradient(x, residual, result)
+    fused = dict(bias=bias, residual=residual, result=result, dresidual=dresidual, act=act)
+    dz_NC, grads, sums = triton.reduce(g, x, mean_NC, gate_NC, mean, var, eps, weight, **fused)
+    if dresidual is not None:
+        g, act = dresidual, ""
+    count = x.numel() // x.shape[1] if batch else 0
+    dx = triton.grad_input(g, x, gate_NC, dz_NC, mean, var, eps, weight, gate_weight, sums, count, bias=bias, act=act)
+    return dx, x.new_empty(0) if dresidual is None else dresidual, torch.stack(grads)
+
+
+@iebn_backward_op.register_fake
+def _fake_iebn_backward(
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    gate_weight: Tensor,
+    residual: Tensor | None,
+    result: Tensor | None,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dresidual = triton.residual_gradient(x, residual, result)
+    grads = x.new_empty((4, x.shape[1]), dtype=torch.float32)
+    return torch.empty_like(x), x.new_empty(0) if dresidual is None else dresidual, grads
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
+    x, weight, bias, gate_weight, _, residual, mean, _, ctx.eps, ctx.act = inputs
+    y, *statistics = output
+    ctx.batch, ctx.has_residual = mean is None, residual is not None
+    ctx.save_for_backward(x, weight, bias, gate_weight, *triton.kept(residual, y, ctx.act), *statistics)
+    ctx.mark_non_differentiable(*statistics)
+
+
+def _backward(ctx: Any, g: Tensor, *_: Any) -> tuple:
+    _, weight, bias, *_ = tensors = ctx.saved_tensors
+    dx, dresidual, grads = iebn_backward_op(g, *tensors, ctx.batch, ctx.eps, ctx.act)
+    dweight, dbias, dgate_weight, dgate_bias = grads.unbind()
+    if not ctx.has_residual:
+        dresidual = None
+    elif not ctx.act:
+        dresidual = g
+    params = None if weight is None else dweight, None if bias is None else dbias, dgate_weight, dgate_bias
+    return dx, *params, dresidual, None, None, None, None
+
+
+iebn_op.register_autograd(_backward, setup_context=_save)
