@@ -137,7 +137,8 @@ class IEBN2d(nn.BatchNorm2d):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
-    def _normalize(self, x: Tensor, act: str = "") -> Tensor:
+    def normalize(self, x: Tensor, residual: Tensor | None = None, act: str = "") -> Tensor:
+        """The layer on `x`, then `residual` added and the activation `act` applied (see `iebn`), without hooks."""
         training = self.training and not self.frozen
         if torch.jit.is_scripting():
             if training and self.sync:
@@ -176,7 +177,8 @@ class IEBN2d(nn.BatchNorm2d):
             self.momentum,
             self._eps,
             self._group(),
-            act=act,
+            residual,
+            act,
         )
 
     @torch.jit.unused
@@ -191,7 +193,7 @@ class IEBN2d(nn.BatchNorm2d):
         if not torch.jit.is_scripting():
             if _is_symbolic(self, x):
                 return _as_node(self, x)
-        return self._normalize(x)
+        return self.normalize(x)
 
 
 @register_notrace_module
@@ -227,8 +229,8 @@ class IEBNAct2d(IEBN2d):
                 return _as_node(self, x)
             act = activation_name(self.act)
             if act and type(self.drop) is nn.Identity:
-                return self._normalize(x, act)
-        return self.act(self.drop(self._normalize(x)))
+                return self.normalize(x, act=act)
+        return self.act(self.drop(self.normalize(x)))
 
 
 def _sync_batch_norm(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from ..convert import GATES, convert_bn_to_iebn, warm_start_state_dict
 from ..layers import IEBN2d
+from ._fused import fuse_blocks
 
 WARM_START = "warmstart_"  # how tags of batch-norm weights begin
 
@@ -76,7 +77,7 @@ def define_iebn_twin(module: str, twin: str, feature_cfg: dict[str, Any]) -> Non
         model = convert_bn_to_iebn(build_twin(pretrained=False, **kwargs), warm_start=False)
         if not any(isinstance(m, IEBN2d) for m in model.modules()):
             raise ValueError(f"{twin}_iebn with {kwargs} has no batch norm that IEBN could replace")
-        return model
+        return fuse_blocks(model)
 
     def build(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
         kwargs = dict(pretrained_filter_fn=_add_gates) | kwargs

@@ -1,0 +1,82 @@
+"""timm's residual blocks, with the additions and activations behind their IEBN layers fused where Triton computes them.
+
+The parameters, their names and the results are those of timm's blocks, whose own `forward` runs everywhere else.
+"""
+
+import torch
+from timm.models.resnet import BasicBlock, Bottleneck
+from torch import Tensor, nn
+
+from ..layers import IEBN2d
+from ..ops import uses_triton
+from ..ops.activations import activation_name
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+
+
+def _is_off(module: nn.Module | None) -> bool:
+    return module is None or (type(module) is nn.Identity and not _is_hooked(module))
+
+
+def _can_fuse(block: BasicBlock | Bottleneck, x: Tensor, depth: int) -> bool:
+    """Whether nothing but an activation stands behind each norm of `block`, and no one looks between the two."""
+    if type(x) is not Tensor or torch.jit.is_tracing() or not uses_triton(x):
+        return False
+    norms = [getattr(block, f"bn{i}") for i in range(1, depth + 1)]
+    acts = [getattr(block, f"act{i}") for i in range(1, depth + 1)]
+    return (
+        all(type(norm) is IEBN2d and not _is_hooked(norm) for norm in norms)
+        and all(activation_name(act) is not None for act in acts)
+        and all(_is_off(module) for module in (block.drop_block, block.aa, block.se))
+        and (_is_off(block.drop_path) or not block.training)
+    )
+
+
+class FusedBasicBlock(BasicBlock):
+    """timm's `BasicBlock` for IEBN."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As timm's."""
+        if not _can_fuse(self, x, 2):
+            return BasicBlock.forward(self, x)
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = self.bn1.normalize(self.conv1(x), act=activation_name(self.act1))
+        return self.bn2.normalize(self.conv2(x), shortcut, activation_name(self.act2))
+
+    def __prepare_scriptable__(self) -> BasicBlock:
+        return _timms(self, BasicBlock)
+
+
+class FusedBottleneck(Bottleneck):
+    """timm's `Bottleneck` for IEBN."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As timm's."""
+        if not _can_fuse(self, x, 3):
+            return Bottleneck.forward(self, x)
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = self.bn1.normalize(self.conv1(x), act=activation_name(self.act1))
+        x = self.bn2.normalize(self.conv2(x), act=activation_name(self.act2))
+        return self.bn3.normalize(self.conv3(x), shortcut, activation_name(self.act3))
+
+    def __prepare_scriptable__(self) -> Bottleneck:
+        return _timms(self, Bottleneck)
+
+
+def _timms(block: nn.Module, block_class: type[nn.Module]) -> nn.Module:
+    """`block` with its modules and parameters as one of timm's, which TorchScript can compile."""
+    plain = block_class.__new__(block_class)
+    plain.__dict__ = dict(block.__dict__)
+    return plain
+
+
+_FUSED = {BasicBlock: FusedBasicBlock, Bottleneck: FusedBottleneck}
+
+
+def fuse_blocks(model: nn.Module) -> nn.Module:
+    """Gives `model`'s residual blocks their fused forward pass, in place; returns it."""
+    for module in model.modules():
+        module.__class__ = _FUSED.get(type(module), type(module))
+    return model
