@@ -55,10 +55,10 @@ def main() -> int:
             )
         share, data_config = make_share(model, test, accelerator, recipe.channels_last)
         loader = make_loader(test, share, data_config, workers=args.workers)
+        row = evaluate(model.to(accelerator.device), loader, accelerator)
     except (RecipeError, RuntimeError, OSError, ValueError) as e:
         print(f"validate.py: {e}", file=sys.stderr)
         return 2
-    row = evaluate(model.to(accelerator.device), loader, accelerator)
     accelerator.print(
         f"{args.model}: test loss {row['test_loss']:.4f}"
         f"  top-1 {row['test_top1']:.2f} %  top-5 {row['test_top5']:.2f} %"

@@ -34,6 +34,8 @@ def test_overrides_win_over_the_file():
         ("loader=tmm", "loader: must be one of memory, timm, got 'tmm'"),
         ("auto_augment=rand-m9", "auto_augment: 'rand-m9' .* needs loader: timm"),
         ("auto_augment=rand-mfoo", "auto_augment: expected timm's notation, as rand-m9-mstd0.5, got 'rand-mfoo'"),
+        ("auto_augment=rand-m9-tnonsense", "auto_augment: expected timm's notation"),
+        ("opt_args={lr: 5.0, eps: 1e-8}", "opt_args: lr must be given as keys of the recipe itself"),
         ("auto_augment=randm9", "auto_augment: expected timm's notation"),
         ("epochs=[", r"'epochs=\[': '\[' is not YAML"),
         ("crop=resized", "crop: 'resized' .* needs loader: timm"),
@@ -66,7 +68,8 @@ def test_a_bad_file_is_named(text, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["rand-m9-mstd0.5", "rand-m9-n3-mstd0.5-inc1-tweights", "augmix-m5-w4-d2", "original", "3a"]
+    "text",
+    ["rand-m9-t3a", "rand-t3aw-m9-mstd0.5", "rand-m9-n3-mstd0.5-inc1-tweights", "augmix-m5-w4-d2", "original", "3a"],
 )
 def test_timms_notation_of_augmentation_is_taken(text):
     given = Recipe(model="m", data="folder", loader="timm", epochs=200, auto_augment=text)

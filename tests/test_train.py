@@ -54,6 +54,23 @@ def test_validate_takes_any_number_of_processes(trained):
     assert one.stdout == two.stdout != ""
 
 
+def test_an_image_that_is_damaged_is_named_and_ends_the_run(tmp_path):
+    """Whoever meets it: the training or the evaluation, at once in memory, late with timm's loader."""
+    data, folder = image_folder(tmp_path / "data", 20, size=32), tmp_path / "out"
+    args = ["data=folder", "epochs=1", "batch_size=8", "warmup_epochs=0", "--data-dir", data]
+    assert run("--output", folder, *args, cwd=tmp_path).returncode == 0
+    (data / "test" / "ant" / "3.png").write_bytes(b"no picture")
+    for loader in ("memory", "timm"):
+        result = run(folder, "--data-dir", data, "--loader", loader, cwd=tmp_path, script="validate.py")
+        assert result.returncode == 2 and "data: can't read " in result.stderr and "Traceback" not in result.stderr
+        result = run("--output", tmp_path / loader, *args, f"loader={loader}", cwd=tmp_path)
+        assert result.returncode == dict(memory=2, timm=1)[loader] and "Traceback" not in result.stderr
+        last = result.stderr.splitlines()[-1]
+        assert (
+            "data: can't read " in last and "ant/3.png" in last and ("no checkpoint yet" in last) == (loader == "timm")
+        )
+
+
 def test_validate_takes_either_loader(tmp_path):
     data, folder = image_folder(tmp_path / "data", 20, size=32), tmp_path / "out"
     args = ["data=folder", "epochs=1", "batch_size=8", "warmup_epochs=0", "--data-dir", data]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from timm.data import create_dataset
 from torch import Tensor
 from torch.nn import functional as F
@@ -81,6 +82,24 @@ def _hfds_keys(name: str, split: str) -> dict[str, str]:
     return dict(input_key=image, target_key=label)
 
 
+def read_image(dataset: Dataset, index: int) -> tuple[Image.Image, int]:
+    """The RGB image and the label of one item of timm's `dataset`.
+
+    Raises:
+        RecipeError: it can't be read.
+    """
+    try:
+        image, label = dataset[index]
+        return image.convert("RGB"), label
+    except Exception as e:  # whatever a reader or decoder makes of it
+        reason = f"{type(e).__name__}: {e}"
+    try:
+        name = dataset.filename(index, absolute=True)
+    except Exception:  # a data set that knows no names, or can't read this one either
+        name = f"image {index}"
+    raise RecipeError(f"data: can't read {name}: {reason}")
+
+
 def load_images(recipe: Recipe, split: str, data_dir: str = "") -> Images:
     """A whole split in memory.
 
@@ -91,8 +110,8 @@ def load_images(recipe: Recipe, split: str, data_dir: str = "") -> Images:
         return _load_digits(split)
     dataset, classes = open_split(recipe, split, data_dir)
     arrays, labels = [], []
-    for image, label in (dataset[i] for i in range(len(dataset))):
-        arrays.append(np.asarray(image.convert("RGB")))
+    for image, label in (read_image(dataset, i) for i in range(len(dataset))):
+        arrays.append(np.asarray(image))
         labels.append(int(label))
         if arrays[-1].shape != arrays[0].shape:
             shapes = " and ".join("x".join(map(str, a.shape[:2])) for a in (arrays[0], arrays[-1]))

@@ -23,12 +23,15 @@ def check_output(recipe: Recipe, output: Path, resume: bool) -> None:
     folder = work_folder(output)
     if output.exists():
         raise RecipeError(f"output: {output} exists already; choose another one or move it away")
+    if not folder.exists() or {p.name for p in folder.iterdir()} <= {"lock", "recipe.yaml", "recipe.yaml.partial"}:
+        return  # no run, or one that came to nothing
     if not (folder / "recipe.yaml").exists():
-        if folder.exists() and {p.name for p in folder.iterdir()} - {"lock", "recipe.yaml.partial"}:
-            raise RecipeError(f"output: {folder} is not the folder of a run: choose another output or move it away")
-        return
+        raise RecipeError(f"output: {folder} is not the folder of a run: choose another output or move it away")
     if not resume:
-        raise RecipeError(f"output: {folder} holds an unfinished run; --resume goes on with it; or choose another one")
+        raise RecipeError(
+            f"output: {folder} holds an unfinished run; --resume goes on with it; else choose another output or remove "
+            "that folder"
+        )
     _check_same_recipe(recipe, folder)
 
 
@@ -56,7 +59,7 @@ def _check_same_recipe(recipe: Recipe, folder: Path) -> None:
     before, now = asdict(load_recipe(folder / "recipe.yaml")), asdict(recipe)
     if changed := [f"{k}: {before[k]!r} became {now[k]!r}" for k in now if before[k] != now[k]]:
         raise RecipeError(
-            f"resume: {folder} was started with another recipe ({'; '.join(changed)}): choose another output"
+            f"resume: {folder} was started with another recipe ({'; '.join(changed)}): choose another one or move it away"
         )
 
 

@@ -22,10 +22,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip, Resize
 
-from .data import Images
+from .data import Images, read_image
 from .recipe import Recipe, RecipeError
-
-TEST_BATCH = 500
 
 
 def seed_everything(*numbers: int) -> None:
@@ -55,9 +53,11 @@ class Loader:
     order, each image in exactly one process's share.
     """
 
+    test_batch = 128  # of one process
+
     def __init__(self, size: int, share: Share, recipe: Recipe | None) -> None:
         self.size, self.share, self.recipe = size, share, recipe
-        self.batch_size = TEST_BATCH * share.world_size
+        self.batch_size = self.test_batch * share.world_size
         if recipe:
             self.batch_size = recipe.batch_size // recipe.grad_accumulation
             parts = recipe.grad_accumulation * share.world_size
@@ -79,7 +79,7 @@ class Loader:
     def __len__(self) -> int:
         """Batches in an epoch; of training batches, whole groups between two updates."""
         if not self.recipe:
-            return -(-len(range(self.share.rank, self.size, self.share.world_size)) // TEST_BATCH)
+            return -(-len(range(self.share.rank, self.size, self.share.world_size)) // self.test_batch)
         return self.size // self.recipe.batch_size * self.recipe.grad_accumulation
 
     def indices(self, epoch: int) -> list[Tensor]:
@@ -116,6 +116,8 @@ class MemoryLoader(Loader):
 
     Worker processes would starve an accelerator at the sizes that it is made for.
     """
+
+    test_batch = 500
 
     def __init__(self, split: Images, share: Share, recipe: Recipe | None = None) -> None:
         super().__init__(len(split), share, recipe)
@@ -162,12 +164,9 @@ class _Reproducible(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        try:
-            image, label = self.dataset[index]
-        except Exception as e:  # whatever a reader or decoder makes of it
-            raise RecipeError(f"data: can't read image {index}: {type(e).__name__}: {e}") from None
+        image, label = read_image(self.dataset, index)
         seed_everything(self.seed, self.epoch, index)
-        return self.transform(image.convert("RGB")), label
+        return self.transform(image), label
 
 
 def _outlive_signals(_: int) -> None:

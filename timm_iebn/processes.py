@@ -55,7 +55,7 @@ def on_main(work: Callable[[], Any]) -> Any:
 
 
 class StopRequest:
-    """SIGTERM or Ctrl-C while it is entered: `signum`, 0 without. The same once more, 5 s later, ends the process."""
+    """SIGTERM or Ctrl-C while it is entered: `signum`, 0 without. Another one, 5 s later or more, ends the process."""
 
     def __init__(self) -> None:
         self.signum, self._asked = 0, 0.0

@@ -19,8 +19,9 @@ _CHOICES = dict(
 _POSITIVE = ("epochs", "batch_size", "grad_accumulation", "lr", "decay_rate")
 _NOT_NEGATIVE = ("weight_decay", "clip_grad", "warmup_epochs", "min_lr", "crop_padding", "mixup", "cutmix")
 _BELOW_ONE = ("momentum", "label_smoothing", "ema_decay")
-# timm passes over a section that it does not know, if there is no digit in it
-_AUTO_AUGMENT = re.compile(r"(rand|augmix|(?!rand|augmix)\w+)(-(t[a-z]+|[a-z]+\d[\d.]*))*")
+# timm passes over sections without a digit and sets of transforms that it does not know
+_AUTO_AUGMENT = re.compile(r"(rand|augmix|(?!rand|augmix)\w+)(-(t(weights|3aw?)|[a-z]+\d[\d.]*))*")
+_OPTIMIZER = {"opt", "lr", "momentum", "weight_decay", "filter_bias_and_bn"}
 _PREPROCESSING = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
 
 
@@ -60,7 +61,7 @@ class Recipe:
     clip_grad: float = 0.0  # largest norm of the gradient; 0 for no limit
     sched: str = "multistep"
     milestones: tuple[int, ...] = (81, 122)  # epochs after which multistep multiplies the rate by decay_rate
-    decay_rate: float = 0.1
+    decay_rate: float = 0.1  # of multistep; the power of poly
     warmup_epochs: int = 0
     min_lr: float = 0.0
     loader: str = "memory"  # 'memory' for small images, 'timm' for timm's transforms in worker processes
@@ -109,6 +110,8 @@ class Recipe:
         if self.min_lr > self.lr:
             raise RecipeError(f"min_lr: {self.min_lr} is more than lr {self.lr}")
         self._check_data_config()
+        if own := _OPTIMIZER & self.opt_args.keys():
+            raise RecipeError(f"opt_args: {', '.join(sorted(own))} must be given as keys of the recipe itself")
         if not all(type(m) is int and m > 0 for m in self.milestones) or sorted(self.milestones) != [*self.milestones]:
             raise RecipeError(f"milestones: expected epochs in order, got {list(self.milestones)!r}")
         if len(set(self.milestones)) < len(self.milestones):

@@ -34,6 +34,8 @@ from .zoo import log_text, save_model_folder
 
 TRACKERS = ("tensorboard", "wandb")
 
+_REMEDY = "Lower lr, add warmup_epochs or clip_grad, or use precision: no, in a run of its own."
+
 console = Console()
 
 
@@ -180,7 +182,7 @@ class Trainer:
         self._check_finite()
         if not all(t.isfinite().all() for t in self.net.state_dict().values() if t.is_floating_point()):
             raise TrainingError(
-                f"weights are not finite after epoch {self.epoch + 1}, batch {self.step}; {self._left()}"
+                f"weights are not finite at epoch {self.epoch + 1}, batch {self.step}; {self._left()}. {_REMEDY}"
             )
         # the sums of all processes; each keeps its own, so that they are added once
         sums = self.accelerator.reduce(self.sums[:3].clone())
@@ -227,12 +229,11 @@ class Trainer:
         if math.isfinite(bad):
             raise TrainingError(
                 f"the loss is not finite at epoch {self.epoch + 1}, batch {int(bad) + 1}, "
-                f"learning rate {self.rates[int(bad)]:.6g}; {self._left()}"
+                f"learning rate {self.rates[int(bad)]:.6g}; {self._left()}. {_REMEDY}"
             )
 
     def _left(self) -> str:
-        left = f"the last good checkpoint is {self.last_checkpoint}" if self.last_checkpoint else "no checkpoint yet"
-        return f"{left}. Lower lr, add warmup_epochs or clip_grad, or use precision: no, in a run of its own."
+        return f"the last good checkpoint is {self.last_checkpoint}" if self.last_checkpoint else "no checkpoint yet"
 
     # ---- stopping
 
@@ -306,36 +307,44 @@ class Trainer:
 
     def fit(self) -> dict[str, Any]:
         """Trains to the end and writes the model folder; returns the last epoch's row, whose accuracy is the result."""
-        recipe, accelerator = self.recipe, self.accelerator
-        with self.request, self.progress:
-            while self.epoch < recipe.epochs:
-                started, first = time.perf_counter(), self.step
-                self.scheduler.step_update(self.updates)
-                lr = self.train_epoch()
-                seconds = time.perf_counter() - started
-                loss_sum, correct, seen = accelerator.reduce(self.sums[:3].clone()).tolist()
-                images = (self.step - first) * self.train_loader.batch_size
-                row = dict(epoch=self.epoch + 1, updates=self.updates, lr=lr)
-                row |= dict(train_loss=loss_sum / seen, train_top1=100 * correct / seen)
-                self._share_statistics()
-                row |= evaluate(self.result, self.test_loader, accelerator)
-                row |= dict(images_per_second=images / seconds, seconds=time.perf_counter() - started)
-                self._check_finite()
-                if not math.isfinite(row["test_loss"]):
-                    raise TrainingError(
-                        f"the test loss is not finite after epoch {self.epoch + 1}, learning rate {lr:.6g}; "
-                        f"{self._left()}"
-                    )
-                self.rows.append(row)
-                self.epoch, self.step, self.sums = self.epoch + 1, 0, self._zeros()
-                self._report(row)
-                self._save()
-                if self.epoch < recipe.epochs and self._is_stopped():
-                    self._stop()
-        if accelerator.is_main_process:
-            self._finish()
-        accelerator.end_training()
+        accelerator = self.accelerator
+        with self.request:
+            try:
+                with self.progress:
+                    self._run_epochs()
+            except RecipeError as e:  # an image that can't be read, met late
+                raise TrainingError(f"{e}; {self._left()}") from e
+            if accelerator.is_main_process:
+                self._finish()
+            accelerator.end_training()
         return self.rows[-1]
+
+    def _run_epochs(self) -> None:
+        recipe, accelerator = self.recipe, self.accelerator
+        while self.epoch < recipe.epochs:
+            started, first = time.perf_counter(), self.step
+            self.scheduler.step_update(self.updates)
+            lr = self.train_epoch()
+            seconds = time.perf_counter() - started
+            loss_sum, correct, seen = accelerator.reduce(self.sums[:3].clone()).tolist()
+            images = (self.step - first) * self.train_loader.batch_size
+            row = dict(epoch=self.epoch + 1, updates=self.updates, lr=lr)
+            row |= dict(train_loss=loss_sum / seen, train_top1=100 * correct / seen)
+            self._share_statistics()
+            row |= evaluate(self.result, self.test_loader, accelerator)
+            row |= dict(images_per_second=images / seconds, seconds=time.perf_counter() - started)
+            self._check_finite()
+            if not math.isfinite(row["test_loss"]):
+                raise TrainingError(
+                    f"the test loss is not finite after epoch {self.epoch + 1}, learning rate {lr:.6g}; "
+                    f"{self._left()}. {_REMEDY}"
+                )
+            self.rows.append(row)
+            self.epoch, self.step, self.sums = self.epoch + 1, 0, self._zeros()
+            self._report(row)
+            self._save()
+            if self.epoch < recipe.epochs and self._is_stopped():
+                self._stop()
 
     def _share_statistics(self) -> None:
         """Gives all processes the main one's running statistics, where norms are not synchronised."""
@@ -361,7 +370,7 @@ class Trainer:
         work = self.folder / "result"
         try:
             save_model_folder(self.result, self.output, work, self.recipe, self.rows, self.classes, self.data_config)
-        except (OSError, SafetensorError) as e:
+        except (OSError, SafetensorError, ValueError) as e:
             raise CheckpointError(
                 f"can't write {self.output}: {e}; the run is done, {self.last_checkpoint} is whole: --resume writes it"
             ) from e
@@ -392,7 +401,7 @@ def train(
 
     Raises:
         RecipeError: something is impossible; before the first step, and nothing is written.
-        TrainingError: the loss is not finite.
+        TrainingError: the loss is not finite, or an image can't be read.
         CheckpointError: a checkpoint can't be written, or none can be read.
         Stopped: SIGTERM or Ctrl-C; a checkpoint is written.
     """
