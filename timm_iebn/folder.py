@@ -58,9 +58,8 @@ def clean_up(folder: Path) -> None:
 def _check_same_recipe(recipe: Recipe, folder: Path) -> None:
     before, now = asdict(load_recipe(folder / "recipe.yaml")), asdict(recipe)
     if changed := [f"{k}: {before[k]!r} became {now[k]!r}" for k in now if before[k] != now[k]]:
-        raise RecipeError(
-            f"resume: {folder} was started with another recipe ({'; '.join(changed)}): choose another one or move it away"
-        )
+        changes = "; ".join(changed)
+        raise RecipeError(f"resume: {folder} was started with another recipe ({changes}): choose another one")
 
 
 def folder_lock(output: Path) -> FileLock:
