@@ -10,6 +10,13 @@ if not torch.cuda.is_available():  # before the kernels are imported
 torch.set_num_threads(1)  # two workers share two cores
 
 
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
 @pytest.fixture(autouse=True)
 def fresh_seed(request):
     """Every run draws new inputs; the seed is in the test's report if it fails."""

@@ -403,3 +403,51 @@ def test_blocks_fuse_the_addition_and_do_not_where_someone_looks(monkeypatch):
         net.layer1[0].bn2.register_forward_hook(lambda *_: None)
         net(x)
     assert (seen.count((False, "relu")), seen.count((True, "relu")), len(seen)) == (8, 8, 19)
+
+
+# ---- on a GPU
+
+
+def shapes_of(name, size):
+    """The shapes of all inputs of norms in a network, for a batch of 32."""
+    net, shapes = timm.create_model(name).to("meta"), set()
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.register_forward_pre_hook(lambda _, args: shapes.add(tuple(args[0].shape)))
+    net(torch.empty(32, 3, size, size, device="meta"))
+    return sorted(shapes)
+
+
+NETWORKS = [("resnet50", 224), ("mobilenetv2_100", 224), ("resnet164_cifar", 32)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", **LAYOUTS)
+@pytest.mark.parametrize("dtype", **DTYPES)
+@pytest.mark.parametrize(("name", "size"), NETWORKS)
+def test_every_shape_of_a_network_on_the_gpu(name, size, dtype, layout):
+    """Against the formula in float64, forward and all gradients, twice the same bits."""
+    for shape in shapes_of(name, size):
+        (x, *params), grad = draw(shape)
+        x, grad = (t.to("cuda", dtype).contiguous(memory_format=layout) for t in (x, grad))
+        params, found = [p.float().cuda() for p in params], []
+        for function, kind in ((iebn, None), (iebn, None), (composed, torch.float64)):
+            leaves = [t.to(kind or t.dtype).detach().requires_grad_() for t in (x, *params)]
+            args = (*leaves, None, None, *((None,) if function is iebn else ()), True, 0.1, 1e-5)
+            y = function(*args, act="relu")
+            found.append([y.detach(), *torch.autograd.grad(y, leaves, grad.to(y.dtype))])
+        for ours, again, exact in zip(*found, strict=True):
+            assert torch.equal(ours, again)
+            step = torch.finfo(ours.dtype).eps
+            bound = 1e-4 * exact.abs().max() + 2 * step * exact.abs() + 1e-6 * grad.numel() ** 0.5
+            # an activation's input within rounding of 0 may fall on either side
+            assert ((ours - exact).abs() > bound).double().mean() < 1e-4, f"{shape} {dtype}"
+
+
+@pytest.mark.gpu
+def test_more_values_than_32_bits_can_count():
+    x = torch.randn(1, 2, 4, 4, device="cuda", dtype=torch.bfloat16).expand(1, 2, 4, 4)
+    large = x.repeat(2**26 + 1, 1, 1, 1)  # 2^31 + 32 values
+    layer = timm_iebn.IEBN2d(2).cuda().eval()
+    y = layer(large)
+    torch.testing.assert_close(y[-1:], layer(x))

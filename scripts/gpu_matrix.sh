@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# All that a CUDA GPU must show of the kernels: tests, memory checks, then benchmarks (OUTPUT.md and OUTPUT.json).
+#
+#   scripts/gpu_matrix.sh                       under ten minutes on an H100
+#   OUTPUT=h200 scripts/gpu_matrix.sh --repeats 50
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python -m pytest -n 4 tests/test_triton.py
+if command -v compute-sanitizer >/dev/null; then
+    compute-sanitizer --error-exitcode 1 python -m pytest -n 0 tests/test_triton.py -k "as_exact and 7 and not parts"
+else
+    echo "compute-sanitizer is not installed: memory was not checked"
+fi
+python scripts/benchmark_gpu.py --output "${OUTPUT:-results}" "$@"
