@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -28,6 +29,7 @@ from timm_iebn.recipe import Recipe
 from timm_iebn.train import Trainer
 
 LAYER_SHAPES = [(32, 256, 14, 14), (128, 16, 32, 32), (128, 64, 8, 8), (128, 32, 16, 16)]
+LAYOUTS = {torch.channels_last: "NHWC", torch.contiguous_format: "NCHW"}
 Row = tuple[str, float, float, float]
 
 
@@ -82,14 +84,21 @@ def train_rows(repeats: int) -> list[Row]:
 
 
 def inference_rows(repeats: int) -> list[Row]:
-    """ResNet-50 on 224x224 images, batch 8."""
+    """One layer in eval, in both layouts, and ResNet-50 on 224x224 images, batch 8."""
+    rows = []
+    for dtype, shape, layout in product((torch.float32, torch.bfloat16), LAYER_SHAPES, LAYOUTS):
+        x = torch.randn(shape, dtype=dtype).contiguous(memory_format=layout)
+        layers = [layer(shape[1]).eval() for layer in (nn.BatchNorm2d, IEBN2d)]
+        with torch.inference_mode():
+            name = f"inference of a layer {shape} {str(dtype).removeprefix('torch.')} {LAYOUTS[layout]}"
+            rows.append(compare(name, *(partial(layer, x) for layer in layers), repeats))
     images = torch.randn(8, 3, 224, 224).to(memory_format=torch.channels_last)
     models = [
         timm.create_model(name).eval().to(memory_format=torch.channels_last) for name in ("resnet50", "resnet50_iebn")
     ]
     with torch.inference_mode():
         runs = [lambda model=model: model(images) for model in models]
-        return [compare("inference resnet50, batch 8, float32", *runs, max(10, repeats // 5))]
+        return [*rows, compare("inference resnet50, batch 8, float32", *runs, max(10, repeats // 5))]
 
 
 def trainer_rows(repeats: int) -> list[Row]:

@@ -7,7 +7,7 @@
 #   MODELS="resnet20_cifar" SEEDS=0 scripts/reproduce.sh epochs=1 milestones=[]     one short pass
 #
 # Finished runs are left alone, so that the same command goes on after a stop. Results are in OUTPUT (default: output/),
-# with what each run said in MODEL-seedN.log.
+# with what each run said in MODEL-seedN.log. It calls the active environment's python; paths count from the repository.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 models=${MODELS:-resnet164_cifar resnet20_cifar resnet56_cifar resnet110_cifar mobilenetv2_cifar resnext29_8x64d_cifar}
@@ -20,7 +20,7 @@ run() {
     echo "$model seed $seed: $(date -u +%H:%M)"
     python scripts/train.py --recipe zoo/recipes/cifar100_authors.yaml --resume --data-dir "$DATA_DIR" \
         --output-root "$OUTPUT" "model=$model" "seed=$seed" "$@" >>"$OUTPUT/$model-seed$seed.log" 2>&1 ||
-        { echo "$model seed $seed stopped: see $OUTPUT/$model-seed$seed.log"; exit 1; }
+        { echo "$model seed $seed stopped: $(tail -n 1 "$OUTPUT/$model-seed$seed.log"); see $OUTPUT/$model-seed$seed.log"; exit 1; }
 }
 export -f run
 

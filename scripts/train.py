@@ -62,6 +62,14 @@ def main() -> int:
         recipe = load_recipe(args.recipe, args.overrides)
         folder = args.output or _default_folder(args.output_root, recipe)
         row = train(recipe, folder, args.resume, args.data_dir, args.workers, args.checkpoint_updates, args.track)
+        if PartialState().is_main_process:
+            print(
+                f"\n{recipe.model}: top-1 {row['test_top1']:.2f} % on the test split after the last epoch; see {folder}"
+            )
+            _show_predictions(folder, recipe, args.data_dir)
+    except KeyboardInterrupt:
+        print("train.py: interrupted before the first step", file=sys.stderr)
+        return 130
     except (RecipeError, TrainingError, CheckpointError) as e:
         print(f"train.py: {e}", file=sys.stderr)
         return 2 if isinstance(e, RecipeError) else 1
@@ -69,9 +77,6 @@ def main() -> int:
         if PartialState().is_main_process:
             print(f"train.py: {e}", file=sys.stderr)
         return 128 + e.signum
-    if PartialState().is_main_process:
-        print(f"\n{recipe.model}: top-1 {row['test_top1']:.2f} % on the test split after the last epoch; see {folder}")
-        _show_predictions(folder, recipe, args.data_dir)
     return 0
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import timm
 
 import timm_iebn  # noqa: F401  registers the models
+from timm_iebn.build import suggestion
 from timm_iebn.data import open_test_data
 from timm_iebn.evaluate import evaluate
 from timm_iebn.loaders import make_loader, make_share
@@ -22,16 +23,17 @@ from timm_iebn.recipe import Recipe, RecipeError, load_recipe
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:
-    """The data part of a recipe: the folder's own, changed by the arguments."""
-    given = [f"{k}={v}" for k in ("data", "test_split", "loader") if (v := getattr(args, k)) is not None]
+    """The part of a recipe that evaluation knows: the folder's own, changed by the arguments."""
+    given = {k: v for k in ("data", "test_split", "loader") if (v := getattr(args, k)) is not None}
     stored = Path(args.model) / "recipe.yaml"
     if stored.exists():
-        return load_recipe(stored, given)
-    if "/" in args.model and ":" not in args.model and not Path(args.model).is_dir():
-        raise RecipeError(f"model: there is no folder {args.model}")
-    if args.data is None:
+        before = load_recipe(stored)
+        given = {k: getattr(before, k) for k in ("data", "test_split", "loader", "channels_last")} | given
+    elif ":" not in args.model and not Path(args.model).is_dir() and not timm.is_model(args.model):
+        raise RecipeError(f"model: {args.model!r} is neither a folder nor a registered name{suggestion(args.model)}")
+    if "data" not in given:
         raise RecipeError("data: say which data with --data")
-    return Recipe(model=args.model, **dict(item.split("=", 1) for item in given))
+    return Recipe(model=args.model, epochs=1, milestones=(), **given)
 
 
 def main() -> int:
@@ -53,6 +55,10 @@ def main() -> int:
             raise RecipeError(
                 f"{args.model} tells {model.num_classes} classes apart, {recipe.data!r} has {len(classes)}"
             )
+        names = model.pretrained_cfg.get("label_names") or classes
+        if list(names) != classes:
+            odd = next(f"{a!r} is {b!r}" for a, b in zip(names, classes, strict=True) if a != b)
+            raise RecipeError(f"{args.model} knows other classes than {recipe.data!r}: {odd} there")
         share, data_config = make_share(model, test, accelerator, recipe.channels_last)
         loader = make_loader(test, share, data_config, workers=args.workers)
         row = evaluate(model.to(accelerator.device), loader, accelerator)

@@ -99,7 +99,7 @@ def test_asked_to_stop_it_leaves_a_checkpoint_and_says_how_to_go_on(signum, unin
         _, err = process.communicate(timeout=120)
     last = sorted(folder.with_name("out.run").glob("*.safetensors"))[-1]
     assert process.returncode == 128 + signum
-    assert f"stopped by {signum.name}; --resume --output {folder} goes on from {last}" in err
+    assert f"stopped by {signum.name}; the same command with --output {folder} --resume goes on from {last}" in err
     assert run(*args, cwd=tmp_path).returncode == 0
     assert weights(folder) == weights(uninterrupted)
 
@@ -128,7 +128,10 @@ def test_processes_asked_to_stop_stop_together_and_go_on(tmp_path):
         launched.send_signal(signal.SIGTERM)
         _, err = launched.communicate(timeout=120)
     *_, checkpoint = sorted(work.glob("*.safetensors"))
-    assert err.count(f"stopped by SIGTERM; --resume --output {folder} goes on from {checkpoint}") == 1, err
+    assert (
+        err.count(f"stopped by SIGTERM; the same command with --output {folder} --resume goes on from {checkpoint}")
+        == 1
+    ), err
     assert all(checkpoint.name in (tmp_path / f"{rank}.exit").read_text().split() for rank in range(2))
     state = read_checkpoint(checkpoint)
     assert state["step"] < 1438 // 16 and state["sums"][2] == 16 * state["step"]
@@ -183,6 +186,16 @@ def test_a_loss_that_bursts_in_one_process_ends_all_with_its_batch_and_rate(tmp_
     rate = f"{0.005 + 0.045 * 2 / 14:.6g}"
     assert result.returncode == 1 and "Connection closed" not in result.stderr
     assert result.stderr.count(f"epoch 1, batch 3, learning rate {rate}; no checkpoint yet") == 2
+
+
+def test_other_data_is_not_gone_on_with(tmp_path):
+    folder, args = tmp_path / "out", ["data=folder", "batch_size=8", "epochs=50", "--checkpoint-updates", "1"]
+    for name in ("one", "other"):
+        image_folder(tmp_path / name, 20, size=32)
+    with started("--output", folder, "--data-dir", tmp_path / "one", *args) as process:
+        wait_for("0*.safetensors", folder.with_name("out.run"), process)
+    result = run("--output", folder, "--data-dir", tmp_path / "other", "--resume", *args, cwd=tmp_path)
+    assert result.returncode == 2 and "was trained on other images than these, see --data-dir" in result.stderr
 
 
 def test_a_finished_run_is_only_reported(uninterrupted, tmp_path):
@@ -315,7 +328,9 @@ def test_a_signal_to_the_whole_group_spares_the_workers(tmp_path):
         wait_for("0*.safetensors", folder.with_name("out.run"), process)
         os.killpg(process.pid, signal.SIGTERM)
         _, err = process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGTERM and "stopped by SIGTERM; --resume --output" in err, err
+    assert process.returncode == 128 + signal.SIGTERM and "stopped by SIGTERM; the same command with --output" in err, (
+        err
+    )
 
 
 def test_a_full_disk_leaves_the_checkpoint_and_no_half_folder(tmp_path, monkeypatch):

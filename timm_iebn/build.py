@@ -11,6 +11,12 @@ from torch import nn
 from .recipe import Recipe, RecipeError
 
 
+def suggestion(model: str) -> str:
+    """A question after a registered name that is like `model`, or nothing."""
+    close = difflib.get_close_matches(model, timm.list_models(), n=1, cutoff=0.8)
+    return f"; did you mean {close[0]!r}?" if close and close[0] != model else ""
+
+
 def create_model(recipe: Recipe, num_classes: int, in_chans: int) -> nn.Module:
     """The network of the recipe.
 
@@ -22,9 +28,7 @@ def create_model(recipe: Recipe, num_classes: int, in_chans: int) -> nn.Module:
             recipe.model, pretrained=recipe.pretrained, num_classes=num_classes, in_chans=in_chans, **recipe.model_args
         )
     except Exception as e:  # whatever a network makes of its arguments
-        reason = f"{type(e).__name__}: {e}"
-        if close := difflib.get_close_matches(recipe.model, timm.list_models(), n=1, cutoff=0.8):
-            reason += f"; did you mean {close[0]!r}?" if close[0] != recipe.model else ""
+        reason = f"{type(e).__name__}: {e}{suggestion(recipe.model)}"
         raise RecipeError(f"model: can't create {recipe.model!r} with model_args {recipe.model_args}: {reason}") from e
     if recipe.grad_checkpointing:
         try:

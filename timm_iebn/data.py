@@ -1,5 +1,6 @@
 """Data sets: the splits that a recipe names, in memory or as timm's data sets, with the names of their classes."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def open_split(recipe: Recipe, split: str, data_dir: str = "") -> tuple[Dataset,
         else:
             dataset = create_dataset("" if kind == "folder" else recipe.data, root, split)
     except (OSError, ValueError, RuntimeError, AssertionError) as e:
-        where = f" in {root}" if root else ""
+        where = f" in {root}" if root else " (--data-dir takes a folder with a copy of it)"
         raise RecipeError(f"data: can't load split {split!r} of {recipe.data!r}{where}: {e}") from e
     dataset._max_retries = 1  # timm takes the next image in place of one that it can't read
     source = getattr(dataset, "reader", dataset)
@@ -100,6 +101,15 @@ def read_image(dataset: Dataset, index: int) -> tuple[Image.Image, int]:
     raise RecipeError(f"data: can't read {name}: {reason}")
 
 
+def fingerprint(split: Images | Dataset, classes: list[str]) -> str:
+    """A digest of what distinguishes a split: its size, its classes, and 16 of its images with their labels."""
+    digest = hashlib.sha256(repr((len(split), classes)).encode())
+    for i in range(0, len(split), -(-len(split) // 16)):
+        image, label = (split.images[i], int(split.labels[i])) if isinstance(split, Images) else read_image(split, i)
+        digest.update(np.asarray(image).tobytes() + str(label).encode())
+    return digest.hexdigest()
+
+
 def load_images(recipe: Recipe, split: str, data_dir: str = "") -> Images:
     """A whole split in memory.
 
@@ -107,6 +117,8 @@ def load_images(recipe: Recipe, split: str, data_dir: str = "") -> Images:
         RecipeError: as `open_split`; or the images differ in size.
     """
     if recipe.data == "digits":
+        if data_dir:
+            raise RecipeError(f"data: 'digits' come with scikit-learn and take no --data-dir, got {data_dir!r}")
         return _load_digits(split)
     dataset, classes = open_split(recipe, split, data_dir)
     arrays, labels = [], []

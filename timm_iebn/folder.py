@@ -1,6 +1,7 @@
 """The folders of a run: `NAME`, the model folder that it writes at its end, and `NAME.run`, where it works."""
 
 import shutil
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -48,11 +49,11 @@ def finished_row(recipe: Recipe, output: Path) -> dict[str, float] | None:
 
 
 def clean_up(folder: Path) -> None:
-    """Removes what is of no use after the model folder is written: checkpoints, and all if trackers left nothing."""
-    for path in folder.glob("*.safetensors"):
-        path.unlink(missing_ok=True)
-    if folder.exists() and {p.name for p in folder.iterdir()} <= {"recipe.yaml", "log.csv", "lock"}:
-        shutil.rmtree(folder, ignore_errors=True)
+    """Removes what is of no use after the model folder is written: all but what trackers left."""
+    with suppress(OSError):
+        for path in (*folder.glob("*.safetensors"), *(folder / name for name in ("log.csv", "recipe.yaml", "lock"))):
+            path.unlink(missing_ok=True)
+        folder.rmdir()
 
 
 def _check_same_recipe(recipe: Recipe, folder: Path) -> None:

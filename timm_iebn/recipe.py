@@ -22,6 +22,14 @@ _BELOW_ONE = ("momentum", "label_smoothing", "ema_decay")
 # timm passes over sections without a digit and sets of transforms that it does not know
 _AUTO_AUGMENT = re.compile(r"(rand|augmix|(?!rand|augmix)\w+)(-(t(weights|3aw?)|[a-z]+\d[\d.]*))*")
 _OPTIMIZER = {"opt", "lr", "momentum", "weight_decay", "filter_bias_and_bn"}
+_KINDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    tuple: "a list, as [30, 45]",
+    dict: "a mapping, as {key: value}",
+}
 _PREPROCESSING = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
 
 
@@ -92,7 +100,7 @@ class Recipe:
             elif kind is tuple and isinstance(value, list):
                 object.__setattr__(self, f.name, tuple(value))
             elif type(value) is not kind:
-                raise RecipeError(f"{f.name}: expected {kind.__name__}, got {value!r}")
+                raise RecipeError(f"{f.name}: expected {_KINDS[kind]}, got {value!r}")
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise RecipeError(f"{name}: must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
@@ -117,7 +125,9 @@ class Recipe:
         if len(set(self.milestones)) < len(self.milestones):
             raise RecipeError(f"milestones: {list(self.milestones)} names an epoch twice")
         if self.sched == "multistep" and self.milestones and self.milestones[-1] >= self.epochs:
-            raise RecipeError(f"milestones: epoch {self.milestones[-1]} is not within the {self.epochs} epochs")
+            raise RecipeError(
+                f"milestones: epoch {self.milestones[-1]} is not within the {self.epochs} epochs; set milestones=[...]"
+            )
         if not 0 <= self.seed < 2**32:
             raise RecipeError(f"seed: must be between 0 and 2**32 - 1, got {self.seed}")
         if self.warmup_epochs > self.epochs:

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from .build import create_model, create_optimizer, try_model
 from .checkpoint import CheckpointError, checkpoint_path, load_latest, save_checkpoint, write_atomically
 from .convert import convert_sync_batchnorm
-from .data import Images, open_data
+from .data import Images, fingerprint, open_data
 from .evaluate import evaluate
 from .folder import check_output, clean_up, finished_row, folder_lock, open_folder, work_folder
 from .loaders import make_loader, make_share, seed_everything
@@ -48,7 +48,8 @@ class Stopped(Exception):
 
     def __init__(self, signum: int, output: Path, checkpoint: Path) -> None:
         super().__init__(
-            f"stopped by {signal.Signals(signum).name}; --resume --output {output} goes on from {checkpoint}"
+            f"stopped by {signal.Signals(signum).name}; the same command with --output {output} --resume goes on from "
+            f"{checkpoint}"
         )
         self.signum = signum
 
@@ -124,6 +125,9 @@ class Trainer:
     def _build(self, data_dir: str, workers: int) -> None:
         recipe, accelerator = self.recipe, self.accelerator
         train_split, test_split, self.classes = open_data(recipe, data_dir)
+        self.data = fingerprint(train_split, self.classes)
+        if self.data != on_main(lambda: self.data):
+            raise RecipeError("data: this process sees other images than the main one, see --data-dir")
         in_chans = train_split.images.shape[1] if isinstance(train_split, Images) else 3
         net = create_model(recipe, len(self.classes), in_chans)
         share, self.data_config = make_share(net, train_split, accelerator, recipe.channels_last, recipe.data_config)
@@ -193,6 +197,7 @@ class Trainer:
         state = dict(
             epoch=self.epoch,
             step=self.step,
+            data=self.data,
             rows=self.rows,
             sums=sums,
             model=self.net.state_dict(),
@@ -207,6 +212,8 @@ class Trainer:
         if found is None:
             return
         self.last_checkpoint, state = found
+        if state["data"] != self.data:
+            raise RecipeError(f"data: {self.last_checkpoint} was trained on other images than these, see --data-dir")
         self.epoch, self.step, self.rows = state["epoch"], state["step"], state["rows"]
         if self.accelerator.is_main_process:
             self.sums[:3] = state["sums"].to(self.sums)

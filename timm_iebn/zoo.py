@@ -15,6 +15,7 @@ from typing import Any
 import safetensors.torch
 import yaml
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
@@ -97,12 +98,13 @@ def _write_files(
     save_config_for_hf(model, str(folder / "config.json"), model_config=label_names, data_config=data_config)
     (folder / "recipe.yaml").write_text(recipe.to_yaml())
     (folder / "log.csv").write_text(log_text(rows))
-    plot_curves(rows, folder / "curves.png", recipe.model)
+    name = model.pretrained_cfg["architecture"] + (", fine-tuned" if recipe.pretrained else "")
+    plot_curves(rows, folder / "curves.png", name)
     versions = [f"timm-iebn=={__version__}", *(f"{name}=={version(name)}" for name in _PACKAGES)]
     python = f"# Python {platform.python_version()}, {platform.system()} {platform.machine()}"
     (folder / "environment.txt").write_text("\n".join([python, *versions]) + "\n")
     norm = _IEBN if any(isinstance(m, IEBN2d) for m in model.modules()) else "Batch norm, the twin of an IEBN network"
-    fields = dict(model=recipe.model, data=recipe.data, norm=norm, epochs=recipe.epochs, seed=recipe.seed)
+    fields = dict(model=name, data=recipe.data, norm=norm, epochs=recipe.epochs, seed=recipe.seed)
     (folder / "README.md").write_text(_CARD.format(**fields, **{k: rows[-1][k] for k in ("test_top1", "test_top5")}))
 
 
@@ -132,6 +134,7 @@ def plot_curves(rows: list[dict[str, Any]], path: str | Path, title: str) -> Non
                 epochs, [row[f"{split}_{quantity}"] for row in rows], ".-" if len(rows) < 20 else "-", label=split
             )
         axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
         axes.legend()

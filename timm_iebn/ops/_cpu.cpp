@@ -1,5 +1,5 @@
-// The four passes of IEBN on CPU, for float32 and bfloat16, NCHW and channels last. `cpu.py` calls them, and says what
-// their arguments are.
+// The four passes of IEBN on CPU, for float32 and bfloat16, NCHW and channels last, and inference in one. `cpu.py` calls
+// them, and says what their arguments are.
 //
 // The work is cut into images or less, then into blocks, and these into strips of up to four vectors of 8 lanes; a lane
 // is a channel in channels last and a position in NCHW. The order of every sum depends on the shape alone, not on the
@@ -283,29 +283,65 @@ Vec sigmoid(Vec z) {
     return z == z ? 1 / (1 + (Vec)((Bits)e + ((Bits)shifted << 23))) : z;
 }
 
+// What an output is computed with: the vectors (C,), with `slope` those of `slopes`, and what they give for (N, C).
+struct Affine {
+    const float *mean, *slope, *bias, *gate_weight, *gate_bias;
+    float *gate_nc, *scale_nc;
+
+    // Fills in gate and scale of some channels of image n.
+    void gates(const Shape& s, int64_t n, int64_t begin, int64_t end, const float* mean_nc) const {
+        for (int64_t c = begin; c < end; c += LANES) {
+            const Strip<1, false, true> part{0, 1, 0, c, int(std::min(end - c, int64_t(LANES)))};
+            const Vec under = part.load(gate_weight + c) * part.load(mean_nc + n * s.c + c) + part.load(gate_bias + c);
+            const Vec gate = sigmoid(under);
+            part.store(gate, gate_nc + n * s.c + c);
+            part.store(gate * part.load(slope + c), scale_nc + n * s.c + c);
+        }
+    }
+
+    template <class T>
+    void apply(const Shape& s, const Block& block, const T* x, T* y) const {
+        s.walk(block, [&](auto strip) {
+            const auto scale = strip.spread(scale_nc + block.image * s.c), center = strip.spread(mean);
+            const auto shift = bias ? strip.spread(bias) : decltype(center){};
+            strip.each([&](int64_t row, int v) {
+                strip.put((strip.at(x, row, v) - center.v[v]) * scale.v[v] + shift.v[v], y, row, v);
+            });
+        });
+    }
+};
+
 template <class T>
 void normalize(const Shape& s, const T* x, const float* mean_nc, const float* mean, const float* var, double eps,
                const float* weight, const float* bias, const float* gate_weight, const float* gate_bias, float* gate_nc,
                T* y) {
     const std::vector<float> slope = slopes(s, var, eps, weight);
     std::vector<float> scale_nc(s.n * s.c);
-    s.parallel(s.n, [&](int64_t n) {
-        for (int64_t c = 0; c < s.c; c += LANES) {
-            const Strip<1, false, true> part{0, 1, 0, c, int(std::min(s.c - c, int64_t(LANES)))};
-            const Vec under = part.load(gate_weight + c) * part.load(mean_nc + n * s.c + c) + part.load(gate_bias + c);
-            const Vec gate = sigmoid(under);
-            part.store(gate, gate_nc + n * s.c + c);
-            part.store(gate * part.load(slope.data() + c), scale_nc.data() + n * s.c + c);
-        }
-    });
-    s.each_part([&](const Block& block) {
-        s.walk(block, [&](auto strip) {
-            const auto scale = strip.spread(scale_nc.data() + block.image * s.c), center = strip.spread(mean);
-            const auto shift = bias ? strip.spread(bias) : decltype(center){};
-            strip.each([&](int64_t row, int v) {
-                strip.put((strip.at(x, row, v) - center.v[v]) * scale.v[v] + shift.v[v], y, row, v);
+    const Affine affine{mean, slope.data(), bias, gate_weight, gate_bias, gate_nc, scale_nc.data()};
+    s.parallel(s.n, [&](int64_t n) { affine.gates(s, n, 0, s.c, mean_nc); });
+    s.each_part([&](const Block& block) { affine.apply(s, block, x, y); });
+}
+
+// Statistics are given: each image is read from memory once, and from the cache when its means are known.
+template <class T>
+void infer(const Shape& s, const T* x, float* mean_nc, const float* mean, const float* var, double eps,
+           const float* weight, const float* bias, const float* gate_weight, const float* gate_bias, float* gate_nc,
+           T* y) {
+    const std::vector<float> slope = slopes(s, var, eps, weight);
+    std::vector<float> scale_nc(s.n * s.c), block_sum_nc(s.n * s.c);
+    const Affine affine{mean, slope.data(), bias, gate_weight, gate_bias, gate_nc, scale_nc.data()};
+    s.each_image([&](int64_t n, int64_t begin, int64_t end) {
+        float *means = mean_nc + n * s.c, *block_sum = block_sum_nc.data() + n * s.c;
+        std::fill(means + begin, means + end, 0.0f);
+        s.each_block(n, begin, end, [&](const Block& block) {
+            s.sums(block, {block_sum}, [&](auto strip) {
+                return [=](int64_t row, int v, Vec* result) { result[0] = strip.at(x, row, v); };
             });
+            for (int64_t c = begin; c < end; ++c) means[c] += block_sum[c];
         });
+        for (int64_t c = begin; c < end; ++c) means[c] /= s.hw;
+        affine.gates(s, n, begin, end, mean_nc);
+        s.each_block(n, begin, end, [&](const Block& block) { affine.apply(s, block, x, y); });
     });
 }
 
@@ -412,7 +448,7 @@ int choose(int bf16, Run run) {
 
 extern "C" {
 
-extern const int iebn_interface = 3;  // cpu.py asks for it: a library of other arguments must not be called
+extern const int iebn_interface = 4;  // cpu.py asks for it: a library of other arguments must not be called
 
 int iebn_statistics(SHAPE, const void* x, float* mean_nc, float* mean, float* var) {
     const Shape s{n, c, hw, bool(channels_last), threads};
@@ -426,6 +462,26 @@ int iebn_normalize(SHAPE, const void* x, const float* mean_nc, const float* mean
     return choose(bf16, [&](auto t) {
         typedef decltype(t) T;
         normalize(s, (const T*)x, mean_nc, mean, var, eps, weight, bias, gate_weight, gate_bias, gate_nc, (T*)y);
+    });
+}
+
+int iebn_forward(SHAPE, const void* x, float* mean_nc, float* mean, float* var, double eps, const float* weight,
+                 const float* bias, const float* gate_weight, const float* gate_bias, float* gate_nc, void* y) {
+    const Shape s{n, c, hw, bool(channels_last), threads};
+    return choose(bf16, [&](auto t) {
+        typedef decltype(t) T;
+        statistics(s, (const T*)x, mean_nc, mean, var);
+        normalize(s, (const T*)x, mean_nc, mean, var, eps, weight, bias, gate_weight, gate_bias, gate_nc, (T*)y);
+    });
+}
+
+int iebn_infer(SHAPE, const void* x, float* mean_nc, const float* mean, const float* var, double eps,
+               const float* weight, const float* bias, const float* gate_weight, const float* gate_bias, float* gate_nc,
+               void* y) {
+    const Shape s{n, c, hw, bool(channels_last), threads};
+    return choose(bf16, [&](auto t) {
+        typedef decltype(t) T;
+        infer(s, (const T*)x, mean_nc, mean, var, eps, weight, bias, gate_weight, gate_bias, gate_nc, (T*)y);
     });
 }
 
@@ -446,6 +502,20 @@ int iebn_grad_input(SHAPE, const void* g, const void* x, const float* gate_nc, c
     const Shape s{n, c, hw, bool(channels_last), threads};
     return choose(bf16, [&](auto t) {
         typedef decltype(t) T;
+        grad_input(s, (const T*)g, (const T*)x, gate_nc, dz_nc, mean, var, eps, weight, gate_weight, sums, count,
+                   (T*)dx);
+    });
+}
+
+int iebn_backward(SHAPE, const void* g, const void* x, const float* mean_nc, const float* gate_nc, const float* mean,
+                  const float* var, double eps, const float* weight, const float* gate_weight, float* dz_nc,
+                  float* dweight, float* dbias, float* dgate_weight, float* dgate_bias, float* sums, double count,
+                  void* dx) {
+    const Shape s{n, c, hw, bool(channels_last), threads};
+    return choose(bf16, [&](auto t) {
+        typedef decltype(t) T;
+        reduce(s, (const T*)g, (const T*)x, mean_nc, gate_nc, mean, var, eps, weight, dz_nc, dweight, dbias,
+               dgate_weight, dgate_bias, sums);
         grad_input(s, (const T*)g, (const T*)x, gate_nc, dz_nc, mean, var, eps, weight, gate_weight, sums, count,
                    (T*)dx);
     });

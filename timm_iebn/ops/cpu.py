@@ -2,7 +2,7 @@
 
 They read and write what batch norm does, and make no temporary of the input's size. They are compiled when the package
 is installed, where there is a compiler that can; everywhere else, `library` is None and `passes` does the same in torch
-operations. The arguments and results are those of `passes`.
+operations. The arguments and results are those of `passes`. `forward` and `backward` make two passes in one call.
 """
 
 import ctypes
@@ -14,13 +14,16 @@ from ctypes import c_double, c_int, c_int64, c_void_p
 import torch  # before the library, so that both use one pool of threads
 from torch import Tensor
 
-_INTERFACE = 3  # of `_cpu.cpp`; both change when arguments do
+_INTERFACE = 4  # of `_cpu.cpp`; both change when arguments do
 _SHAPE = [c_int64] * 3 + [c_int] * 3
 _ARGUMENTS = {
     "statistics": [c_void_p] * 4,
     "normalize": [c_void_p] * 4 + [c_double] + [c_void_p] * 6,
+    "forward": [c_void_p] * 4 + [c_double] + [c_void_p] * 6,
+    "infer": [c_void_p] * 4 + [c_double] + [c_void_p] * 6,
     "reduce": [c_void_p] * 6 + [c_double] + [c_void_p] * 7,
     "grad_input": [c_void_p] * 6 + [c_double] + [c_void_p] * 3 + [c_double, c_void_p],
+    "backward": [c_void_p] * 6 + [c_double] + [c_void_p] * 8 + [c_double, c_void_p],
 }
 
 
@@ -163,3 +166,49 @@ def grad_input(
     params = map(_pointer, (weight, gate_weight, sums))
     library.iebn_grad_input(*_shape(x), *inputs, eps, *params, float(count), dx.data_ptr())
     return dx
+
+
+def forward(
+    x: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    eps: float,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    gate_weight: Tensor,
+    gate_bias: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The output; instance means and gates (N, C); mean and variance (C,), the batch's where none are given."""
+    y, mean_NC = torch.empty_like(x), x.new_empty(x.shape[:2], dtype=torch.float32)
+    gate_NC, function = torch.empty_like(mean_NC), library.iebn_infer
+    if mean is None:
+        mean, var = (mean_NC.new_empty(x.shape[1]) for _ in range(2))
+        function = library.iebn_forward
+    vectors = [_vector(v, x) for v in (mean, var, weight, bias, gate_weight, gate_bias)]
+    mean_p, var_p, *params = map(_pointer, vectors)
+    inputs = _pointer(x), _pointer(mean_NC), mean_p, var_p
+    function(*_shape(x), *inputs, eps, *params, gate_NC.data_ptr(), y.data_ptr())
+    return y, mean_NC, gate_NC, mean, var
+
+
+def backward(
+    g: Tensor,
+    x: Tensor,
+    mean_NC: Tensor,
+    gate_NC: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    weight: Tensor | None,
+    gate_weight: Tensor,
+    count: int,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The gradients of `x`, and of weight, bias, gate_weight and gate_bias."""
+    mean_NC, gate_NC = (_dense(v, x.shape[:2]) for v in (mean_NC, gate_NC))
+    mean, var, weight, gate_weight = (_vector(v, x) for v in (mean, var, weight, gate_weight))
+    dx, dz_NC, room = torch.empty_like(x), torch.empty_like(mean_NC), mean.new_empty(6, x.shape[1])
+    grads = room[:4].unbind()
+    inputs = map(_pointer, (g, x, mean_NC, gate_NC, mean, var))
+    results = map(_pointer, (weight, gate_weight, dz_NC, *grads, room[4]))
+    library.iebn_backward(*_shape(x), *inputs, eps, *results, count, dx.data_ptr())
+    return dx, grads

@@ -4,16 +4,17 @@ Autograd through the formula keeps and rereads half a dozen (N, C, H, W) tensors
 over them, as batch norm does: `triton`, `cpu` or `passes` has them, this module differentiates and synchronises.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import passes
+from . import cpu, passes
 from .activations import ACTIVATIONS
 from .backend import passes_for, triton
-from .reference import iebn_reference, update_running
+from .reference import iebn_reference, update_running, wide_dtype
 
 
 def _merge(mean: Tensor, var: Tensor, count: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
@@ -51,22 +52,26 @@ class _IEBN(torch.autograd.Function):
         group: dist.ProcessGroup | None,
         act: str,
     ) -> Tensor:
-        backend = passes_for(x)
-        mean_NC, mean, var = backend.statistics(x, batch)
-        if x.numel() == 0:  # a detector's empty batch: nothing moves, where 0 / 0 would
-            mean_NC, mean, var = (None if t is None else torch.zeros_like(t) for t in (mean_NC, mean, var))
-        count = (
-            x.shape[0] * x.shape[2] * x.shape[3] if batch else 0
-        )  # 0 says to `backward` that mean and var are constants
+        backend, params = passes_for(x), (weight, bias, gate_weight, gate_bias)
+        # 0 says to `backward` that mean and var are constants
+        count = x.shape[0] * x.shape[2] * x.shape[3] if batch else 0
+        mean = var = None
         if not batch:
             # copies: what backward reads must be dense, and not move with the running statistics
-            mean, var = (t.to(mean_NC.dtype, copy=True) for t in (running_mean, running_var))
-        elif group is not None:
-            mean, var, count = _merge(mean, var, count, group)
+            mean, var = (t.to(wide_dtype(x), copy=True) for t in (running_mean, running_var))
+        fused = dict(residual=residual, act=act) if act or residual is not None else {}
+        if backend is cpu and group is None and x.numel() and not fused:
+            y, mean_NC, gate_NC, mean, var = cpu.forward(x, mean, var, eps, *params)
+        else:
+            mean_NC, *own = backend.statistics(x, batch)
+            mean, var = own if batch else (mean, var)
+            if x.numel() == 0:  # a detector's empty batch: nothing moves, where 0 / 0 would
+                mean_NC, mean, var = map(torch.zeros_like, (mean_NC, mean, var))
+            if group is not None:
+                mean, var, count = _merge(mean, var, count, group)
+            y, gate_NC = backend.normalize(x, mean_NC, mean, var, eps, *params, **fused)
         if batch and running_mean is not None and (group is not None or x.numel()):
             update_running(running_mean, running_var, mean, var * (count / (count - 1)), momentum)
-        fused = dict(residual=residual, act=act) if act or residual is not None else {}
-        y, gate_NC = backend.normalize(x, mean_NC, mean, var, eps, weight, bias, gate_weight, gate_bias, **fused)
         if ctx is not None:
             ctx.backend, ctx.eps, ctx.count, ctx.group, ctx.act = backend, eps, count, group, act
             kept = triton.kept(residual, y, act) if act else (None, None)
@@ -87,6 +92,10 @@ class _IEBN(torch.autograd.Function):
         if ctx.act:
             behind = dict(bias=bias, act=ctx.act)
             kept = dict(residual=residual, result=result, dresidual=triton.residual_gradient(x, residual, result))
+        if backend is cpu and ctx.group is None and ctx.needs_input_grad[0]:
+            scales = weight, gate_weight, ctx.count
+            dx, grads = cpu.backward(g, x, mean_NC, gate_NC, mean, var, ctx.eps, *scales)
+            return dx, *_of_params(params, grads), None, *_NO_GRADS
         dz_NC, grads, sums = backend.reduce(g, x, mean_NC, gate_NC, mean, var, ctx.eps, weight, **behind, **kept)
         if kept.get("dresidual") is not None:
             g = dresidual = kept["dresidual"]
@@ -97,9 +106,12 @@ class _IEBN(torch.autograd.Function):
                 dist.all_reduce(sums, group=ctx.group)
             scales = weight, gate_weight, sums, ctx.count
             dx = backend.grad_input(g, x, gate_NC, dz_NC, mean, var, ctx.eps, *scales, **behind)
-        # autograd casts them to the parameters' dtypes
-        dparams = (None if p is None else d for p, d in zip(params, grads, strict=True))
-        return dx, *dparams, dresidual if ctx.needs_input_grad[5] else None, *_NO_GRADS
+        return dx, *_of_params(params, grads), dresidual if ctx.needs_input_grad[5] else None, *_NO_GRADS
+
+
+def _of_params(params: tuple[Tensor | None, ...], grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """`grads` of the parameters that there are; autograd casts them to their dtypes."""
+    return tuple(None if p is None else d for p, d in zip(params, grads, strict=True))
 
 
 _NO_GRADS = (None,) * 7  # for what `_IEBN.forward` takes besides x, the parameters and the residual
