@@ -8,9 +8,11 @@ import torch
 from conftest import randomize
 from timm.models import get_pretrained_cfg, group_parameters, is_model
 from timm.models._features_fx import FeatureGraphNet
+from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 
 from timm_iebn import IEBN2d, iebn
+from timm_iebn.models._fused import FusedBasicBlock, FusedBottleneck
 
 RESNETS = (
     "resnet18 resnet26 resnet34 resnet50 resnet101 resnet152 resnet50d wide_resnet50_2 wide_resnet101_2 "
@@ -255,9 +257,11 @@ def test_all_norms_but_the_shortcuts_are_gated(twin):
     plain_count, gated_count = (sum(p.numel() for p in m.parameters()) for m in (plain, gated))
     assert channels > 0 and gated_count == plain_count + 2 * channels
     assert CIFAR.get(twin) in (None, plain_count)
-    assert [(n, type(m)) for n, m in plain.named_modules() if not isinstance(m, nn.BatchNorm2d)] == [
-        (n, type(m)) for n, m in gated.named_modules() if not isinstance(m, nn.BatchNorm2d)
-    ]
+    others = [{n: m for n, m in net.named_modules() if n not in norms} for net in (plain, gated)]
+    assert others[0].keys() == others[1].keys()
+    fused = {BasicBlock: FusedBasicBlock, Bottleneck: FusedBottleneck}
+    for name, module in others[0].items():
+        assert type(others[1][name]) is fused.get(type(module), type(module)), name
 
 
 @pytest.mark.parametrize("twin", [*RESNETS, *MOBILENETS])

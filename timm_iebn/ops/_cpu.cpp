@@ -153,13 +153,14 @@ struct Shape {
         for (int64_t i = 0; i < count; ++i) task(i);
     }
 
-    // Runs task(image, first channel, last channel + 1) for all.
+    // Runs task(image, first channel, last channel + 1) for all; in NCHW for `planes` channels at once.
     template <class Task>
-    void each_image(Task task) const {
+    void each_image(Task task, int64_t planes = 1) const {
         if (n == 0) return;
         // in channels last all channels at once, whose memory is in order, unless images are too few
         const int64_t groups = (c + GROUP - 1) / GROUP, wanted = 1 + (int64_t(2) * threads - 1) / n;
-        const int64_t step = channels_last ? (groups + wanted - 1) / wanted * GROUP : 1, steps = (c + step - 1) / step;
+        const int64_t step = channels_last ? (groups + wanted - 1) / wanted * GROUP : planes;
+        const int64_t steps = (c + step - 1) / step;
         parallel(n * steps, [&](int64_t i) { task(i / steps, i % steps * step, std::min(c, (i % steps + 1) * step)); });
     }
 
@@ -330,19 +331,23 @@ void infer(const Shape& s, const T* x, float* mean_nc, const float* mean, const 
     const std::vector<float> slope = slopes(s, var, eps, weight);
     std::vector<float> scale_nc(s.n * s.c), block_sum_nc(s.n * s.c);
     const Affine affine{mean, slope.data(), bias, gate_weight, gate_bias, gate_nc, scale_nc.data()};
-    s.each_image([&](int64_t n, int64_t begin, int64_t end) {
+    const auto task = [&](int64_t n, int64_t begin, int64_t end) {
         float *means = mean_nc + n * s.c, *block_sum = block_sum_nc.data() + n * s.c;
+        const int64_t step = s.channels_last ? end - begin : 1;
         std::fill(means + begin, means + end, 0.0f);
-        s.each_block(n, begin, end, [&](const Block& block) {
-            s.sums(block, {block_sum}, [&](auto strip) {
-                return [=](int64_t row, int v, Vec* result) { result[0] = strip.at(x, row, v); };
+        for (int64_t c0 = begin; c0 < end; c0 += step)
+            s.each_block(n, c0, c0 + step, [&](const Block& block) {
+                s.sums(block, {block_sum}, [&](auto strip) {
+                    return [=](int64_t row, int v, Vec* result) { result[0] = strip.at(x, row, v); };
+                });
+                for (int64_t c = c0; c < c0 + step; ++c) means[c] += block_sum[c];
             });
-            for (int64_t c = begin; c < end; ++c) means[c] += block_sum[c];
-        });
         for (int64_t c = begin; c < end; ++c) means[c] /= s.hw;
         affine.gates(s, n, begin, end, mean_nc);
-        s.each_block(n, begin, end, [&](const Block& block) { affine.apply(s, block, x, y); });
-    });
+        for (int64_t c0 = begin; c0 < end; c0 += step)
+            s.each_block(n, c0, c0 + step, [&](const Block& block) { affine.apply(s, block, x, y); });
+    };
+    s.each_image(task, GROUP);
 }
 
 template <class T>
