@@ -1,4 +1,5 @@
 import os
+import random
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ def fresh_seed(request):
     """Every run draws new inputs; the seed is in the test's report if it fails."""
     seed = torch.seed() % 2**32
     torch.manual_seed(seed)
+    random.seed(seed)
     request.node.user_properties.append(("seed", seed))
     print(f"seed {seed}")
 

@@ -56,8 +56,10 @@ def test_the_last_two_are_kept(tmp_path):
     assert path.name == "000000400.safetensors" and state == dict(step=400)
 
 
-def test_every_cut_and_every_changed_byte_is_noticed(tmp_path):
-    path = save_checkpoint(tmp_path, 1, draw_state())
+def test_every_cut_and_every_changed_byte_is_noticed_or_changes_nothing(tmp_path):
+    """What changes nothing is one white space for another behind the header."""
+    state = draw_state()
+    path = save_checkpoint(tmp_path, 1, state)
     whole = path.read_bytes()
     for _ in range(300):
         torn = bytearray(whole)
@@ -66,8 +68,10 @@ def test_every_cut_and_every_changed_byte_is_noticed(tmp_path):
         else:
             torn[random.randrange(len(torn))] ^= random.randrange(1, 256)
         path.write_bytes(torn)
-        with pytest.raises(CheckpointError, match="000000001.safetensors is not a whole checkpoint"):
-            read_checkpoint(path)
+        try:
+            assert_same(read_checkpoint(path), state)
+        except CheckpointError as e:
+            assert "000000001.safetensors is not a whole checkpoint" in str(e)
 
 
 def test_a_torn_checkpoint_gives_way_to_the_one_before(tmp_path):

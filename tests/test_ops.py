@@ -19,13 +19,17 @@ MODES = ["train", "eval", "untracked"]
 PARAMETER_GRADS = ("dweight", "dbias", "dgate")
 
 
-@pytest.fixture(params=["torch operations", "C++"])
+@pytest.fixture(params=["torch operations", "C++", "C++ for AVX2"])
 def backend(request, monkeypatch):
-    """Runs a test on both implementations of the passes."""
+    """Runs a test on every implementation of the passes."""
     if request.param == "torch operations":
         monkeypatch.setattr(cpu, "library", None)
     elif cpu.library is None:
         pytest.skip("the CPU library was not built: pip install -e . with a C++ compiler with OpenMP builds it")
+    elif request.param == "C++ for AVX2":
+        if torch.backends.cpu.get_cpu_capability() != "AVX512":
+            pytest.skip("'C++' is that already: the processor has no AVX-512")
+        monkeypatch.setattr(cpu, "library", cpu.load("AVX2"))
 
 
 def compiled(*args):

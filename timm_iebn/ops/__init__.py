@@ -127,7 +127,7 @@ def iebn(
 def _can_fuse(x: Tensor, residual: Tensor | None) -> bool:
     """Whether the fused kernels take `x`, and `residual` with it."""
     fits = residual is None or (residual.shape == x.shape and residual.dtype == x.dtype)
-    return fits and not torch.onnx.is_in_onnx_export() and uses_triton(x)
+    return fits and uses_triton(x) and not torch.onnx.is_in_onnx_export()
 
 
 def _compiled(

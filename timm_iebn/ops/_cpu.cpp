@@ -1,9 +1,9 @@
 // The four passes of IEBN on CPU, for float32 and bfloat16, NCHW and channels last, and inference in one. `cpu.py` calls
 // them, and says what their arguments are.
 //
-// The work is cut into images or less, then into blocks, and these into strips of up to four vectors of 8 lanes; a lane
-// is a channel in channels last and a position in NCHW. The order of every sum depends on the shape alone, not on the
-// number of threads.
+// The work is cut into images or less, then into blocks, and these into strips of up to four vectors; a lane of a vector
+// is a channel in channels last and a position in NCHW. The order of every sum depends on the shape and the number of
+// lanes alone, not on the number of threads.
 
 #include <algorithm>
 #include <cmath>
@@ -14,16 +14,25 @@
 #include <utility>
 #include <vector>
 
-#if defined(__x86_64__)
+#if defined(IEBN_AVX512)
+#include <immintrin.h>
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma")
+#elif defined(__x86_64__)
 #pragma GCC target("avx2,fma")
 #endif
 
 namespace {
 
-constexpr int LANES = 8, GROUP = 32;  // values in a vector, and at most in a row of a strip
+#if defined(IEBN_AVX512)
+constexpr int LANES = 16;  // values in a vector
+#else
+constexpr int LANES = 8;
+#endif
+constexpr int GROUP = 4 * LANES;  // values at most in a row of a strip
 constexpr int64_t BLOCK = 4096;  // values in a block, which the first cache holds; few enough to be added up one by one
 
 typedef float Vec __attribute__((vector_size(4 * LANES)));
+typedef float Quad __attribute__((vector_size(16)));
 typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Half __attribute__((vector_size(2 * LANES)));
 
@@ -31,24 +40,63 @@ struct BFloat16 {
     uint16_t bits;
 };
 
+#if defined(IEBN_AVX512)  // GCC converts vectors of 512 bits in halves; masked forms, because the others make it warn
+Bits extend(Half v) { return (Bits)_mm512_maskz_cvtepu16_epi32(-1, (__m256i)v); }
+Half truncate(Bits v) { return (Half)_mm512_maskz_cvtepi32_epi16(-1, (__m512i)v); }
+#else
+Bits extend(Half v) { return __builtin_convertvector(v, Bits); }
+Half truncate(Bits v) { return __builtin_convertvector(v, Half); }
+#endif
+
 Vec widen(Vec v) { return v; }
-Vec widen(Half v) { return (Vec)(__builtin_convertvector(v, Bits) << 16); }
+Vec widen(Half v) { return (Vec)(extend(v) << 16); }
 
 void narrow(Vec v, Vec& out) { out = v; }
 void narrow(Vec v, Half& out) {  // to the nearest, ties to even; NaN stays NaN
     Bits bits = (Bits)v;
     bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    out = __builtin_convertvector(v == v ? bits : Bits{} + 0x7fc0, Half);
+    out = truncate(v == v ? bits : Bits{} + 0x7fc0);
 }
 
 template <class T>
 using Raw = std::conditional_t<std::is_same_v<T, float>, Vec, Half>;
 
 float sum(Vec v) {
-    float a[LANES];
-    std::memcpy(a, &v, sizeof v);
-    return ((a[0] + a[4]) + (a[2] + a[6])) + ((a[1] + a[5]) + (a[3] + a[7]));
+    Quad q[LANES / 4], total{};
+    std::memcpy(q, &v, sizeof v);
+    for (const Quad& part : q) total += part;
+    return (total[0] + total[2]) + (total[1] + total[3]);
 }
+
+// Reads or writes the first `lanes` values of a vector; those beyond are read as zero.
+template <class R>
+R load_part(const void* p, int lanes) {
+    R raw{};
+    std::memcpy(&raw, p, lanes * (sizeof raw / LANES));
+    return raw;
+}
+template <class R>
+void store_part(R raw, void* p, int lanes) {
+    std::memcpy(p, &raw, lanes * (sizeof raw / LANES));
+}
+#if defined(IEBN_AVX512)  // which can without a call
+template <>
+Vec load_part<Vec>(const void* p, int lanes) {
+    return (Vec)_mm512_maskz_loadu_ps((1 << lanes) - 1, p);
+}
+template <>
+Half load_part<Half>(const void* p, int lanes) {
+    return (Half)_mm256_maskz_loadu_epi16((1 << lanes) - 1, p);
+}
+template <>
+void store_part<Vec>(Vec raw, void* p, int lanes) {
+    _mm512_mask_storeu_ps(p, (1 << lanes) - 1, (__m512)raw);
+}
+template <>
+void store_part<Half>(Half raw, void* p, int lanes) {
+    _mm256_mask_storeu_epi16(p, (1 << lanes) - 1, (__m256i)raw);
+}
+#endif
 
 // Calls body(0) .. body(V - 1), unrolled early enough for arrays of vectors to become registers, as loops are not.
 template <class Body, int... v>
@@ -68,8 +116,9 @@ struct Strip {
 
     template <class T>
     Vec load(const T* p) const {
-        Raw<T> raw{};
-        std::memcpy(&raw, p, WHOLE ? sizeof raw : lanes * sizeof(T));
+        if constexpr (!WHOLE) return widen(load_part<Raw<T>>(p, lanes));
+        Raw<T> raw;
+        std::memcpy(&raw, p, sizeof raw);
         return widen(raw);
     }
 
@@ -77,7 +126,10 @@ struct Strip {
     void store(Vec value, T* p) const {
         Raw<T> raw;
         narrow(value, raw);
-        std::memcpy(p, &raw, WHOLE ? sizeof raw : lanes * sizeof(T));
+        if constexpr (WHOLE)
+            std::memcpy(p, &raw, sizeof raw);
+        else
+            store_part(raw, p, lanes);
     }
 
     template <class T>
@@ -148,14 +200,14 @@ struct Shape {
 
     // Runs task(i) for 0 <= i < count.
     template <class Task>
-    void parallel(int64_t count, Task task) const {
+    void parallel(int64_t count, const Task& task) const {
 #pragma omp parallel for num_threads(threads) schedule(static) if (n * c * hw > 16384)
         for (int64_t i = 0; i < count; ++i) task(i);
     }
 
     // Runs task(image, first channel, last channel + 1) for all; in NCHW for `planes` channels at once.
     template <class Task>
-    void each_image(Task task, int64_t planes = 1) const {
+    void each_image(const Task& task, int64_t planes = 1) const {
         if (n == 0) return;
         // in channels last all channels at once, whose memory is in order, unless images are too few
         const int64_t groups = (c + GROUP - 1) / GROUP, wanted = 1 + (int64_t(2) * threads - 1) / n;
@@ -166,7 +218,7 @@ struct Shape {
 
     // Runs task(block) for blocks that cover everything.
     template <class Task>
-    void each_part(Task task) const {
+    void each_part(const Task& task) const {
         if (n * hw == 0) return;
         const int64_t wanted = channels_last ? std::min(hw, 1 + (int64_t(2) * threads - 1) / n) : 1;
         const int64_t size = (hw + wanted - 1) / wanted, sizes = (hw + size - 1) / size, planes = channels_last ? 1 : c;
@@ -177,7 +229,7 @@ struct Shape {
     }
 
     template <class Body>
-    void each_block(int64_t image, int64_t begin, int64_t end, Body body) const {
+    void each_block(int64_t image, int64_t begin, int64_t end, const Body& body) const {
         const int64_t size = channels_last ? std::clamp<int64_t>(BLOCK / c, 4, BLOCK / GROUP) : BLOCK;
         for (int64_t i = 0; i < hw; i += size) body(Block{image, i, std::min(size, hw - i), begin, end});
     }
@@ -185,14 +237,14 @@ struct Shape {
     // Covers a block with strips: in channels last of a few rows only, because memory that is not taken in order is
     // twice as slow, or of all rows where the block is in the `cached` memory.
     template <class Body>
-    void walk(const Block& b, Body body, bool cached = false) const {
+    void walk(const Block& b, const Body& body, bool cached = false) const {
         if (!channels_last) return walk_plane(b, body);
         const int64_t step = cached || c <= GROUP ? b.size : std::max<int64_t>(1, 256 / c), end = b.start + b.size;
         for (int64_t row = b.start; row < end; row += step) walk_rows(b, row, std::min(step, end - row), body);
     }
 
     template <class Body>
-    void walk_rows(const Block& b, int64_t row, int64_t rows, Body body) const {
+    void walk_rows(const Block& b, int64_t row, int64_t rows, const Body& body) const {
         const int64_t start = (b.image * hw + row) * c;
         int64_t c0 = b.begin;
         for (; c0 + GROUP <= b.end; c0 += GROUP) body(Strip<GROUP / LANES, true, true>{start + c0, rows, c, c0, LANES});
@@ -202,7 +254,7 @@ struct Shape {
     }
 
     template <class Body>
-    void walk_plane(const Block& b, Body body) const {
+    void walk_plane(const Block& b, const Body& body) const {
         const int64_t c0 = b.begin, start = (b.image * c + c0) * hw + b.start;
         const int64_t wide = b.size / GROUP * GROUP, whole = b.size / LANES * LANES;
         if (wide) body(Strip<GROUP / LANES, true, false>{start, wide / GROUP, GROUP, c0, LANES});
@@ -212,7 +264,7 @@ struct Shape {
 
     // Sets the K arrays `per_channel` to the sums over the block of what `term(strip)` gives for a row and a vector.
     template <int K, class Term>
-    void sums(const Block& b, float* const (&per_channel)[K], Term term, bool cached = false) const {
+    void sums(const Block& b, float* const (&per_channel)[K], const Term& term, bool cached = false) const {
         for (float* out : per_channel) std::fill(out + b.begin, out + b.end, 0.0f);
         walk(b, [&](auto strip) { strip.sums(per_channel, term(strip)); }, cached);
     }
@@ -291,13 +343,16 @@ struct Affine {
 
     // Fills in gate and scale of some channels of image n.
     void gates(const Shape& s, int64_t n, int64_t begin, int64_t end, const float* mean_nc) const {
-        for (int64_t c = begin; c < end; c += LANES) {
-            const Strip<1, false, true> part{0, 1, 0, c, int(std::min(end - c, int64_t(LANES)))};
+        const auto some = [&](auto part) {
+            const int64_t c = part.c;
             const Vec under = part.load(gate_weight + c) * part.load(mean_nc + n * s.c + c) + part.load(gate_bias + c);
             const Vec gate = sigmoid(under);
-            part.store(gate, gate_nc + n * s.c + c);
+            if (gate_nc) part.store(gate, gate_nc + n * s.c + c);
             part.store(gate * part.load(slope + c), scale_nc + n * s.c + c);
-        }
+        };
+        int64_t c = begin;
+        for (; c + LANES <= end; c += LANES) some(Strip<1, true, true>{0, 1, 0, c, LANES});
+        if (c < end) some(Strip<1, false, true>{0, 1, 0, c, int(end - c)});
     }
 
     template <class T>
@@ -323,13 +378,15 @@ void normalize(const Shape& s, const T* x, const float* mean_nc, const float* me
     s.each_part([&](const Block& block) { affine.apply(s, block, x, y); });
 }
 
-// Statistics are given: each image is read from memory once, and from the cache when its means are known.
+// Statistics are given: each image is read from memory once, and from the cache when its means are known. Means and
+// gates are optional results.
 template <class T>
 void infer(const Shape& s, const T* x, float* mean_nc, const float* mean, const float* var, double eps,
            const float* weight, const float* bias, const float* gate_weight, const float* gate_bias, float* gate_nc,
            T* y) {
     const std::vector<float> slope = slopes(s, var, eps, weight);
-    std::vector<float> scale_nc(s.n * s.c), block_sum_nc(s.n * s.c);
+    std::vector<float> scale_nc(s.n * s.c), block_sum_nc(s.n * s.c), means_nc(mean_nc ? 0 : s.n * s.c);
+    if (!mean_nc) mean_nc = means_nc.data();
     const Affine affine{mean, slope.data(), bias, gate_weight, gate_bias, gate_nc, scale_nc.data()};
     const auto task = [&](int64_t n, int64_t begin, int64_t end) {
         float *means = mean_nc + n * s.c, *block_sum = block_sum_nc.data() + n * s.c;
@@ -453,7 +510,7 @@ int choose(int bf16, Run run) {
 
 extern "C" {
 
-extern const int iebn_interface = 4;  // cpu.py asks for it: a library of other arguments must not be called
+extern const int iebn_interface = 5;  // cpu.py asks for it: a library of other arguments must not be called
 
 int iebn_statistics(SHAPE, const void* x, float* mean_nc, float* mean, float* var) {
     const Shape s{n, c, hw, bool(channels_last), threads};

@@ -14,7 +14,7 @@ from ctypes import c_double, c_int, c_int64, c_void_p
 import torch  # before the library, so that both use one pool of threads
 from torch import Tensor
 
-_INTERFACE = 4  # of `_cpu.cpp`; both change when arguments do
+_INTERFACE = 5  # of `_cpu.cpp`; both change when arguments do
 _SHAPE = [c_int64] * 3 + [c_int] * 3
 _ARGUMENTS = {
     "statistics": [c_void_p] * 4,
@@ -32,10 +32,11 @@ def _check(had_memory: int, *_: object) -> None:
         raise RuntimeError("not enough memory for the sums of IEBN: use smaller batches")
 
 
-def _load() -> ctypes.CDLL | None:
-    spec = importlib.util.find_spec(f"{__package__}._cpu")
+def load(capability: str) -> ctypes.CDLL | None:
+    """The library for a processor of this `torch.backends.cpu.get_cpu_capability`; None where there is none."""
     x86 = platform.machine() in ("x86_64", "AMD64")
-    if spec is None or (x86 and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX")):
+    spec = importlib.util.find_spec(f"{__package__}.{'_cpu_avx512' if capability == 'AVX512' else '_cpu'}")
+    if spec is None or (x86 and capability in ("DEFAULT", "NO AVX")):
         return None
     try:
         library = ctypes.CDLL(spec.origin)
@@ -50,7 +51,7 @@ def _load() -> ctypes.CDLL | None:
     return library
 
 
-library = _load()
+library = load(torch.backends.cpu.get_cpu_capability())
 
 
 def _is_channels_last(x: Tensor) -> bool:
@@ -75,18 +76,19 @@ def _shape(x: Tensor) -> tuple[int, ...]:
     return n, c, h * w, _is_channels_last(x), x.dtype == torch.bfloat16, torch.get_num_threads()
 
 
-def _vector(v: Tensor | None, x: Tensor) -> Tensor | None:
-    """A parameter or statistic (C,) as the library reads it."""
-    return None if v is None else _dense(v, x.shape[1:2])
-
-
-def _dense(v: Tensor, shape: torch.Size) -> Tensor:
-    """`v` as the library reads it. What comes back from autograd may be another tensor than was saved."""
-    if v.shape != shape or not v.is_cpu:
-        raise RuntimeError(f"expected a tensor of shape {list(shape)} on cpu, got {list(v.shape)} on {v.device}")
-    if v.dtype == torch.float32 and v.is_contiguous() and not v.is_neg():
-        return v
-    return v.detach().float().contiguous().resolve_neg()
+def _dense(shape: torch.Size, *tensors: Tensor | None) -> list[Tensor | None]:
+    """`tensors` as the library reads them, each of `shape` or None: what comes back from autograd may be another one."""
+    dense = []
+    for v in tensors:
+        if v is not None:
+            if v.shape != shape or not v.is_cpu:
+                raise RuntimeError(
+                    f"expected a tensor of shape {list(shape)} on cpu, got {list(v.shape)} on {v.device}"
+                )
+            if v.dtype is not torch.float32 or not v.is_contiguous() or v.is_neg():
+                v = v.detach().float().contiguous().resolve_neg()
+        dense.append(v)
+    return dense
 
 
 def like(g: Tensor, x: Tensor) -> Tensor:
@@ -120,7 +122,7 @@ def normalize(
 ) -> tuple[Tensor, Tensor]:
     y, gate_NC = torch.empty_like(x), torch.empty_like(mean_NC)
     # kept in a list, because a pointer does not keep its tensor alive
-    vectors = [_vector(v, x) for v in (mean, var, weight, bias, gate_weight, gate_bias)]
+    vectors = _dense(x.shape[1:2], mean, var, weight, bias, gate_weight, gate_bias)
     mean_p, var_p, *params = map(_pointer, vectors)
     inputs = _pointer(x), _pointer(mean_NC), mean_p, var_p
     library.iebn_normalize(*_shape(x), *inputs, eps, *params, _pointer(gate_NC), _pointer(y))
@@ -137,8 +139,8 @@ def reduce(
     eps: float,
     weight: Tensor | None,
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
-    mean_NC, gate_NC = (_dense(v, x.shape[:2]) for v in (mean_NC, gate_NC))
-    mean, var, weight = (_vector(v, x) for v in (mean, var, weight))
+    mean_NC, gate_NC = _dense(x.shape[:2], mean_NC, gate_NC)
+    mean, var, weight = _dense(x.shape[1:2], mean, var, weight)
     dz_NC, sums = torch.empty_like(mean_NC), mean.new_empty(2, x.shape[1])
     grads = tuple(torch.empty_like(mean) for _ in range(4))
     inputs = map(_pointer, (g, x, mean_NC, gate_NC, mean, var))
@@ -160,8 +162,8 @@ def grad_input(
     sums: Tensor,
     count: float | Tensor,
 ) -> Tensor:
-    gate_NC, dx = _dense(gate_NC, x.shape[:2]), torch.empty_like(x)
-    mean, var, weight, gate_weight = (_vector(v, x) for v in (mean, var, weight, gate_weight))
+    (gate_NC,), dx = _dense(x.shape[:2], gate_NC), torch.empty_like(x)
+    mean, var, weight, gate_weight = _dense(x.shape[1:2], mean, var, weight, gate_weight)
     inputs = map(_pointer, (g, x, gate_NC, dz_NC, mean, var))
     params = map(_pointer, (weight, gate_weight, sums))
     library.iebn_grad_input(*_shape(x), *inputs, eps, *params, float(count), dx.data_ptr())
@@ -177,17 +179,22 @@ def forward(
     bias: Tensor | None,
     gate_weight: Tensor,
     gate_bias: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The output; instance means and gates (N, C); mean and variance (C,), the batch's where none are given."""
-    y, mean_NC = torch.empty_like(x), x.new_empty(x.shape[:2], dtype=torch.float32)
-    gate_NC, function = torch.empty_like(mean_NC), library.iebn_infer
+    keep: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
+    """The output; instance means and gates (N, C), if they are to be kept or the batch's mean and variance are taken;
+    mean and variance (C,), the batch's where none are given.
+    """
+    y, mean_NC, gate_NC, function = torch.empty_like(x), None, None, library.iebn_infer
+    if keep or mean is None:
+        mean_NC, gate_NC = (x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(2))
     if mean is None:
         mean, var = (mean_NC.new_empty(x.shape[1]) for _ in range(2))
         function = library.iebn_forward
-    vectors = [_vector(v, x) for v in (mean, var, weight, bias, gate_weight, gate_bias)]
+    # kept in a list, because a pointer does not keep its tensor alive
+    vectors = _dense(x.shape[1:2], mean, var, weight, bias, gate_weight, gate_bias)
     mean_p, var_p, *params = map(_pointer, vectors)
     inputs = _pointer(x), _pointer(mean_NC), mean_p, var_p
-    function(*_shape(x), *inputs, eps, *params, gate_NC.data_ptr(), y.data_ptr())
+    function(*_shape(x), *inputs, eps, *params, _pointer(gate_NC), y.data_ptr())
     return y, mean_NC, gate_NC, mean, var
 
 
@@ -204,8 +211,8 @@ def backward(
     count: int,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The gradients of `x`, and of weight, bias, gate_weight and gate_bias."""
-    mean_NC, gate_NC = (_dense(v, x.shape[:2]) for v in (mean_NC, gate_NC))
-    mean, var, weight, gate_weight = (_vector(v, x) for v in (mean, var, weight, gate_weight))
+    mean_NC, gate_NC = _dense(x.shape[:2], mean_NC, gate_NC)
+    mean, var, weight, gate_weight = _dense(x.shape[1:2], mean, var, weight, gate_weight)
     dx, dz_NC, room = torch.empty_like(x), torch.empty_like(mean_NC), mean.new_empty(6, x.shape[1])
     grads = room[:4].unbind()
     inputs = map(_pointer, (g, x, mean_NC, gate_NC, mean, var))

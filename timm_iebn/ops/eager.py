@@ -57,11 +57,12 @@ class _IEBN(torch.autograd.Function):
         count = x.shape[0] * x.shape[2] * x.shape[3] if batch else 0
         mean = var = None
         if not batch:
-            # copies: what backward reads must be dense, and not move with the running statistics
-            mean, var = (t.to(wide_dtype(x), copy=True) for t in (running_mean, running_var))
+            # for backward copies, which do not move with the running statistics
+            wide, copy = wide_dtype(x), ctx is not None
+            mean, var = running_mean.to(wide, copy=copy), running_var.to(wide, copy=copy)
         fused = dict(residual=residual, act=act) if act or residual is not None else {}
         if backend is cpu and group is None and x.numel() and not fused:
-            y, mean_NC, gate_NC, mean, var = cpu.forward(x, mean, var, eps, *params)
+            y, mean_NC, gate_NC, mean, var = cpu.forward(x, mean, var, eps, *params, keep=ctx is not None)
         else:
             mean_NC, *own = backend.statistics(x, batch)
             mean, var = own if batch else (mean, var)
@@ -171,7 +172,9 @@ def iebn_eager(
     batch = training or running_mean is None
     inputs = x, weight, bias, gate_weight, gate_bias, residual
     args = (*inputs, running_mean, running_var, batch, momentum, eps, group if batch else None, act)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+    if not torch.is_grad_enabled():
+        return _IEBN.forward(None, *args)  # an autograd.Function costs as much as a small layer
+    if any(t is not None and t.requires_grad for t in inputs):
         return _IEBN.apply(*args)
     with torch.no_grad():
-        return _IEBN.forward(None, *args)  # an autograd.Function costs as much as a small layer
+        return _IEBN.forward(None, *args)
