@@ -33,6 +33,7 @@ constexpr int64_t BLOCK = 4096;  // values in a block, which the first cache hol
 
 typedef float Vec __attribute__((vector_size(4 * LANES)));
 typedef float Quad __attribute__((vector_size(16)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Half __attribute__((vector_size(2 * LANES)));
 
@@ -153,33 +154,44 @@ struct Strip {
                 out.v[v] = load(per_channel + c + v * LANES);
             } else {
                 out.v[v] = Vec{} + per_channel[c];
-                if constexpr (!WHOLE)
-                    for (int i = lanes; i < LANES; ++i) out.v[v][i] = 0;
+                if constexpr (!WHOLE) {
+                    Ints lane;
+                    for (int i = 0; i < LANES; ++i) lane[i] = i;
+                    out.v[v] = lane < lanes ? out.v[v] : Vec{};
+                }
             }
         });
         return out;
     }
 
-    // Adds the sums over the strip of the K results of term(row, v) to the K arrays `per_channel`.
+    // Adds the K results of term(row, v) over the rows of the strip to `total`.
     template <int K, class Term>
-    void sums(float* const (&per_channel)[K], Term term) const {
-        Vec total[K][V] = {};
+    void add_up(Vec (&total)[K][V], Term term) const {
         for (int64_t row = 0; row < rows; ++row)
             unroll<V>([&](int v) {
                 Vec result[K];
                 term(row, v, result);
                 unroll<K>([&](int k) { total[k][v] += result[k]; });
             });
+    }
+
+    // The same in channels last, to the K arrays `per_channel`.
+    template <int K, class Term>
+    void sums(float* const (&per_channel)[K], Term term) const {
+        Vec total[K][V] = {};
+        add_up(total, term);
         unroll<K>([&](int k) {
             float* out = per_channel[k] + c;
-            if constexpr (CHANNELS_LAST) {
-                unroll<V>([&](int v) { store(load(out + v * LANES) + total[k][v], out + v * LANES); });
-            } else {
-                Vec lane_sums{};
-                unroll<V>([&](int v) { lane_sums += total[k][v]; });
-                *out += sum(lane_sums);
-            }
+            unroll<V>([&](int v) { store(load(out + v * LANES) + total[k][v], out + v * LANES); });
         });
+    }
+
+    // The same in NCHW, where the sum over the lanes is still to be taken.
+    template <int K, class Term>
+    void sums(Vec (&of_lanes)[K], Term term) const {
+        Vec total[K][V] = {};
+        add_up(total, term);
+        unroll<K>([&](int k) { unroll<V>([&](int v) { of_lanes[k] += total[k][v]; }); });
     }
 
     template <class Body>
@@ -234,11 +246,15 @@ struct Shape {
         for (int64_t i = 0; i < hw; i += size) body(Block{image, i, std::min(size, hw - i), begin, end});
     }
 
-    // Covers a block with strips: in channels last of a few rows only, because memory that is not taken in order is
-    // twice as slow, or of all rows where the block is in the `cached` memory.
     template <class Body>
-    void walk(const Block& b, const Body& body, bool cached = false) const {
-        if (!channels_last) return walk_plane(b, body);
+    void walk(const Block& b, const Body& body) const {
+        channels_last ? walk_image(b, body) : walk_plane(b, body);
+    }
+
+    // Covers a block with strips, of a few rows only, because memory that is not taken in order is twice as slow, or of
+    // all rows where the block is in the `cached` memory.
+    template <class Body>
+    void walk_image(const Block& b, const Body& body, bool cached = false) const {
         const int64_t step = cached || c <= GROUP ? b.size : std::max<int64_t>(1, 256 / c), end = b.start + b.size;
         for (int64_t row = b.start; row < end; row += step) walk_rows(b, row, std::min(step, end - row), body);
     }
@@ -265,8 +281,14 @@ struct Shape {
     // Sets the K arrays `per_channel` to the sums over the block of what `term(strip)` gives for a row and a vector.
     template <int K, class Term>
     void sums(const Block& b, float* const (&per_channel)[K], const Term& term, bool cached = false) const {
-        for (float* out : per_channel) std::fill(out + b.begin, out + b.end, 0.0f);
-        walk(b, [&](auto strip) { strip.sums(per_channel, term(strip)); }, cached);
+        if (channels_last) {
+            for (float* out : per_channel) std::fill(out + b.begin, out + b.end, 0.0f);
+            walk_image(b, [&](auto strip) { strip.sums(per_channel, term(strip)); }, cached);
+        } else {
+            Vec of_lanes[K] = {};
+            walk_plane(b, [&](auto strip) { strip.sums(of_lanes, term(strip)); });
+            for (int k = 0; k < K; ++k) per_channel[k][b.begin] = sum(of_lanes[k]);
+        }
     }
 };
 
