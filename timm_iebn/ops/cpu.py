@@ -77,7 +77,7 @@ def _shape(x: Tensor) -> tuple[int, ...]:
 
 
 def _dense(shape: torch.Size, *tensors: Tensor | None) -> list[Tensor | None]:
-    """`tensors` as the library reads them, each of `shape` or None: what comes back from autograd may be another one."""
+    """`tensors`, each None or of `shape`, as the library reads them: what comes back from autograd may differ."""
     dense = []
     for v in tensors:
         if v is not None:
