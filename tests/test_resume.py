@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from training import ENVIRONMENT, RICH, SCRIPTS, SHORT, image_folder, log, run, started, wait_for, weights
 
 from timm_iebn.checkpoint import CheckpointError, read_checkpoint
+from timm_iebn.model_folder import read_log
 from timm_iebn.recipe import Recipe
 from timm_iebn.train import Trainer, train
-from timm_iebn.zoo import read_log
 
 KILLER = """
 import os, random, runpy, signal, sys

@@ -14,9 +14,9 @@ from training import ENVIRONMENT, SHORT, image_folder, log, run, weights
 from timm_iebn.data import Images
 from timm_iebn.evaluate import evaluate
 from timm_iebn.loaders import MemoryLoader, Share
+from timm_iebn.model_folder import read_log, save_weights
 from timm_iebn.recipe import Recipe, RecipeError, load_recipe
 from timm_iebn.train import Trainer, TrainingError
-from timm_iebn.zoo import read_log, save_weights
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from .convert import (
 )
 from .layers import IEBN2d, IEBNAct2d
 from .ops import backend, get_backend, iebn, set_backend
+from .zoo import list_zoo
 
 __version__ = "0.1.0.dev0"
 
@@ -24,6 +25,7 @@ __all__ = [
     "freeze_batch_norm_2d",
     "get_backend",
     "iebn",
+    "list_zoo",
     "load_authors_checkpoint",
     "models",
     "set_backend",

@@ -26,11 +26,11 @@ from .checkpoint import CheckpointError, checkpoint_path, load_latest, save_chec
 from .convert import convert_sync_batchnorm
 from .data import Images, fingerprint, open_data
 from .evaluate import evaluate
-from .folder import check_output, clean_up, finished_row, folder_lock, open_folder, work_folder
 from .loaders import make_loader, make_share, seed_everything
+from .model_folder import log_text, save_model_folder
 from .processes import StopRequest, create_accelerator, on_main
 from .recipe import Recipe, RecipeError
-from .zoo import log_text, save_model_folder
+from .run_folder import check_output, clean_up, finished_row, folder_lock, open_folder, work_folder
 
 TRACKERS = ("tensorboard", "wandb")
 

@@ -1,185 +1,163 @@
-"""Model folders: what a training run writes, `timm.create_model('local-dir:…')` loads and the Hub could hold."""
+"""The zoo: the model folders that come with the package, their tags, and their places on the Hub."""
 
 import csv
-import io
+import hashlib
 import json
-import platform
-import shutil
-import statistics
-from collections import defaultdict
-from dataclasses import replace
-from importlib.metadata import version
+import os
+import re
+from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import safetensors.torch
-import yaml
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-from timm.models._hub import save_config_for_hf
-from torch import nn
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError
+from timm.models._hub import hf_split
 
-from . import __version__
-from .checkpoint import sync_to_disk
-from .layers import IEBN2d
-from .recipe import Recipe, load_recipe
-
+_INSTALLED = Path(__file__).with_name("_zoo")
+ZOO = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[1] / "zoo"  # of a wheel, of a checkout
 WEIGHTS = "model.safetensors"
-_PACKAGES = ("torch", "timm", "accelerate", "safetensors", "huggingface-hub")
-
-_CARD = """\
----
-library_name: timm
-license: apache-2.0
-tags: [image-classification, timm, timm-iebn]
----
-
-# {model} on {data}
-
-{norm}. Trained with timm-iebn: {epochs} epochs, seed {seed}.
-Top-1 {test_top1:.2f} %, top-5 {test_top5:.2f} % on the test split, which was used for this report only; the last
-epoch counts. The recipe, the log and the library versions stand beside this card.
-
-```python
-import timm
-import timm_iebn  # registers the model: it must come before create_model
-
-model = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True).eval()
-```
-"""
-_IEBN = (
-    "Instance Enhancement Batch Normalization ([arXiv 1908.04008](https://arxiv.org/abs/1908.04008)): batch norm whose "
-    "scale is gated, for each image and channel, by the channel's mean in that image"
-)
+HTTPError = HfHubHTTPError.__bases__[0]  # of whichever HTTP library huggingface_hub uses
 
 
-def save_weights(model: nn.Module, path: str | Path) -> None:
-    """The state dict of `model` as safetensors, in the default layout, whatever the layout in memory."""
-    # not save_file, whose files their owner alone can read
-    Path(path).write_bytes(safetensors.torch.save({k: v.contiguous() for k, v in model.state_dict().items()}))
+def hub_namespace() -> str:
+    """Whose repositories on the Hub hold the zoo: `TIMM_IEBN_NAMESPACE` in the environment, or ours."""
+    return os.environ.get("TIMM_IEBN_NAMESPACE") or "timm-iebn"
 
 
-def save_model_folder(
-    model: nn.Module,
-    folder: str | Path,
-    work: Path,
-    recipe: Recipe,
-    rows: list[dict[str, Any]],
-    classes: list[str],
-    data_config: dict[str, Any],
-) -> None:
-    """Writes `folder`, which must not exist, all at once: weights, config, card, recipe, log, curves and versions.
+def hub_id(folder: Path, namespace: str = "") -> str:
+    """The Hub repository that is, or would be, the model folder `folder`."""
+    return f"{namespace or hub_namespace()}/{folder.resolve().name}"
 
-    They are written to `work`, a new folder on the same disk, and are on the disk before `folder` is there.
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a model folder."""
+    return json.loads((folder / "config.json").read_text())
+
+
+def model_folders(zoo: Path = ZOO) -> list[Path]:
+    """The trained networks in `zoo`. The first one of an architecture is its default: the longest training from
+    scratch, the lowest seed; never the best result, which would be a choice by the test split.
     """
-    folder = Path(folder)
-    work.mkdir()
-    try:
-        _write_files(model, work, recipe, rows, classes, data_config)
-        for path in (*work.iterdir(), work):
-            sync_to_disk(path)
-        work.rename(folder)
-        sync_to_disk(folder.parent)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
+
+    def rank(folder: Path) -> tuple:
+        training = read_config(folder)["training"]
+        return training["pretrained"], -training["epochs"], training["seed"], folder.name
+
+    return sorted((path.parent for path in zoo.glob("*/config.json")), key=rank)
 
 
-def _write_files(
-    model: nn.Module,
-    folder: Path,
-    recipe: Recipe,
-    rows: list[dict[str, Any]],
-    classes: list[str],
-    data_config: dict[str, Any],
-) -> None:
-    save_weights(model, folder / WEIGHTS)
-    label_names = dict(label_names=classes, pretrained_cfg=dict(tag="", crop_pct=data_config["crop_pct"]))
-    save_config_for_hf(model, str(folder / "config.json"), model_config=label_names, data_config=data_config)
-    (folder / "recipe.yaml").write_text(recipe.to_yaml())
-    (folder / "log.csv").write_text(log_text(rows))
-    name = model.pretrained_cfg["architecture"] + (", fine-tuned" if recipe.pretrained else "")
-    plot_curves(rows, folder / "curves.png", name)
-    versions = [f"timm-iebn=={__version__}", *(f"{name}=={version(name)}" for name in _PACKAGES)]
-    python = f"# Python {platform.python_version()}, {platform.system()} {platform.machine()}"
-    (folder / "environment.txt").write_text("\n".join([python, *versions]) + "\n")
-    norm = _IEBN if any(isinstance(m, IEBN2d) for m in model.modules()) else "Batch norm, the twin of an IEBN network"
-    fields = dict(model=name, data=recipe.data, norm=norm, epochs=recipe.epochs, seed=recipe.seed)
-    (folder / "README.md").write_text(_CARD.format(**fields, **{k: rows[-1][k] for k in ("test_top1", "test_top5")}))
+def zoo_cfgs(architecture: str, base: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """timm's pretrained cfgs of the zoo's checkpoints of `architecture`, by name and tag; `base` says the rest.
 
-
-def log_text(rows: list[dict[str, Any]]) -> str:
-    """`rows` as CSV, one line an epoch."""
-    file = io.StringIO()
-    writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    return file.getvalue()
-
-
-def read_log(path: str | Path) -> list[dict[str, float]]:
-    """The rows of a log.csv."""
-    with open(path, newline="") as file:
-        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
-
-
-def plot_curves(rows: list[dict[str, Any]], path: str | Path, title: str) -> None:
-    """Loss and accuracy over the epochs, on the training and the test split, as PNG."""
-    epochs = [row["epoch"] for row in rows]
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    figure.suptitle(title)
-    for axes, quantity, label in zip(figure.subplots(1, 2), ("loss", "top1"), ("loss", "top-1, %"), strict=True):
-        for split in ("train", "test"):
-            axes.plot(
-                epochs, [row[f"{split}_{quantity}"] for row in rows], ".-" if len(rows) < 20 else "-", label=split
+    A checkpoint that is here has both a file, which timm prefers, and a repository on the Hub.
+    """
+    cfgs = {}
+    for folder in model_folders():
+        config = read_config(folder)
+        if config["architecture"] != architecture or not folder.name.startswith(f"{architecture}."):
+            continue
+        own = {k: tuple(v) if isinstance(v, list) else v for k, v in config["pretrained_cfg"].items() if k in base}
+        weights = folder / WEIGHTS
+        cfgs[folder.name] = (
+            base
+            | own
+            | dict(
+                file=str(weights) if weights.exists() else None,
+                hf_hub_id=hub_id(folder),
+                label_names=tuple(config["label_names"]),
+                license="apache-2.0",
             )
-        axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_ylabel(label)
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.savefig(path, dpi=120)
+        )
+    return cfgs
 
 
-def results_table(zoo: Path) -> str:
-    """The results of all model folders in `zoo` as a Markdown table, each network beside its batch-norm twin.
+def check_shipped(weights: str | Path) -> None:
+    """Raises RuntimeError if `weights` are those of a folder of the zoo and not what its config says."""
+    weights = Path(weights)
+    if weights.name == WEIGHTS and weights.parent.parent == ZOO and weights.exists():
+        digest = sha256(weights)
+        if digest != read_config(weights.parent)["weights_sha256"]:
+            raise RuntimeError(f"{weights} is damaged (its sha256 is {digest}): install timm-iebn again")
 
-    A row holds runs that differ in norm and seed only: mean and standard deviation of the last epoch's top-1.
 
-    Raises:
-        ValueError: two folders hold the same run.
+def check_download(hub_id: str, cache_dir: str | Path | None = None) -> None:
+    """Raises RuntimeError if the cached weights of a Hub repository are not those that the Hub has, and removes them.
+
+    The Hub's client compares sizes only; the name of a large file in its cache is the sha256 that it should have.
     """
-    rows = defaultdict(lambda: ({}, {}))  # of a recipe: name and top-1 of each seed, with batch norm and with IEBN
-    for path in sorted(zoo.glob("*/recipe.yaml")):
-        recipe, folder = load_recipe(path), path.parent
-        model = json.loads((folder / "config.json").read_text())["architecture"]
-        model_args = {k: v for k, v in recipe.model_args.items() if k != "norm_layer"}
-        is_iebn = model.endswith("_iebn") or str(recipe.model_args.get("norm_layer")).startswith("iebn")
-        key = replace(recipe, model=model.removesuffix("_iebn"), model_args=model_args, seed=0).to_yaml()
-        runs = rows[key][is_iebn]
-        if recipe.seed in runs:
-            raise ValueError(f"{folder.name} is the same run as {runs[recipe.seed][0]}: remove one of them")
-        runs[recipe.seed] = folder.name, read_log(folder / "log.csv")[-1]["test_top1"]
-    lines = [
-        "| Network | Data | Epochs | Batch norm | IEBN | Paper: batch norm, IEBN | Runs |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for key, sides in rows.items():
-        recipe = Recipe(**yaml.safe_load(key))
-        data = recipe.data.rpartition("/")[2]
-        paper = "-" if recipe.pretrained else ", ".join(_PAPER.get((recipe.model, data), ("-", "-")))
-        logs = [f"[{name}]({name}/log.csv)" for runs in sides for name, _ in runs.values()]
-        name = f"{recipe.model}, fine-tuned" if recipe.pretrained else recipe.model
-        results = (_mean([top1 for _, top1 in runs.values()]) for runs in sides)
-        lines.append(f"| {' | '.join((name, data, str(recipe.epochs), *results, paper))} | {' '.join(logs)} |")
-    return "\n".join(lines) + "\n"
+    repo, revision = hf_split(hub_id)
+    path = try_to_load_from_cache(repo, WEIGHTS, cache_dir, revision)
+    if isinstance(path, str):
+        blob = Path(path).resolve()
+        if re.fullmatch("[0-9a-f]{64}", blob.name) and sha256(blob) != blob.name:
+            blob.unlink(missing_ok=True)
+            Path(path).unlink(missing_ok=True)
+            raise RuntimeError(
+                f"The weights of {hub_id} were damaged on their way: {blob} was not what its sha256 says and has been "
+                "removed from the cache. Load them again."
+            )
 
 
-# arXiv 1908.04008: batch norm, IEBN
-_PAPER = {("resnet164_cifar", "cifar100"): ("74.29", "77.09")}
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _mean(top1: list[float]) -> str:
-    if len(top1) < 2:
-        return f"{top1[0]:.2f} (one seed)" if top1 else "-"
-    return f"{statistics.mean(top1):.2f} ± {statistics.stdev(top1):.2f} ({len(top1)} seeds)"
+class ZooModel(NamedTuple):
+    """A checkpoint of the zoo. Accuracy is that of its last epoch, `images_per_second` by device, where measured."""
+
+    name: str
+    data: str
+    top1: float
+    top5: float
+    epochs: int
+    seeds: int  # checkpoints of this recipe in the zoo
+    parameters: int
+    macs: int
+    images_per_second: dict[str, float]
+    date: str
+
+
+def list_zoo(pattern: str = "*", zoo: Path = ZOO) -> list[ZooModel]:
+    """The checkpoints of the zoo, each with what one needs to choose.
+
+    Args:
+        pattern: of the names, as in `timm.list_models`: 'resnet20_*'.
+    """
+    speeds, models = read_speeds(zoo), []
+    seeds = Counter(_without_seed(folder) for folder in model_folders(zoo))
+    for folder in model_folders(zoo):
+        if not folder.match(pattern):
+            continue
+        config = read_config(folder)
+        training = config["training"]
+        models.append(
+            ZooModel(
+                folder.name,
+                training["data"],
+                training["test_top1"],
+                training["test_top5"],
+                training["epochs"],
+                seeds[_without_seed(folder)],
+                config["parameters"],
+                config["macs"],
+                speeds.get(config["architecture"], {}),
+                training["date"],
+            )
+        )
+    return models
+
+
+def _without_seed(folder: Path) -> str:
+    return re.sub(r"seed\d+$", "", folder.name)
+
+
+def read_speeds(zoo: Path = ZOO) -> dict[str, dict[str, float]]:
+    """Images per second in inference of each architecture, by device, from speed.csv of `zoo`."""
+    speeds: dict[str, dict[str, float]] = {}
+    path = zoo / "speed.csv"
+    if path.exists():
+        with open(path, newline="") as file:
+            for row in csv.DictReader(file):
+                speeds.setdefault(row["architecture"], {})[row["device"]] = float(row["images_per_second"])
+    return speeds

@@ -13,7 +13,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 from huggingface_hub import constants
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from timm.models import (
     PretrainedCfg,
@@ -29,13 +29,13 @@ from torch import Tensor, nn
 
 from ..convert import GATES, convert_bn_to_iebn, warm_start_state_dict
 from ..layers import IEBN2d
+from ..zoo import HTTPError, check_download, check_shipped
 from ._fused import fuse_blocks
 
 WARM_START = "warmstart_"  # how tags of batch-norm weights begin
 
-_HTTPError = HfHubHTTPError.__bases__[0]  # of whichever HTTP library huggingface_hub uses
 _DAMAGED = (SafetensorError, UnpicklingError, EOFError, KeyError)  # the last two as torch.load has them
-_LOADING_ERRORS = (OSError, EntryNotFoundError, _HTTPError, RuntimeError, *_DAMAGED)
+_LOADING_ERRORS = (OSError, EntryNotFoundError, HTTPError, RuntimeError, *_DAMAGED)
 
 
 def define_model(module: str, name: str, doc: str, build: Callable[..., nn.Module]) -> None:
@@ -60,13 +60,20 @@ def build_with_cfg(model_cls: Callable[..., nn.Module], variant: str, pretrained
         is_built = True  # what fails from here on is loading
         return model
 
-    try:
+    if not pretrained:
         return build_model_with_cfg(build, variant, pretrained, **kwargs)
+    cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+    if cfg.file:
+        check_shipped(cfg.file)
+    try:
+        model = build_model_with_cfg(build, variant, pretrained, **kwargs)
     except _LOADING_ERRORS as e:
-        if not pretrained or not is_built:
+        if not is_built:
             raise
-        cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
         raise _explain(variant, cfg, kwargs.get("cache_dir"), e) from e
+    if cfg.hf_hub_id and not cfg.file and not cfg.state_dict:
+        check_download(cfg.hf_hub_id, kwargs.get("cache_dir"))
+    return model
 
 
 def define_iebn_twin(module: str, twin: str, feature_cfg: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from timm.models.resnetv2 import ResNetV2
 from torch import nn
 
+from ..zoo import zoo_cfgs
 from ._registry import build_with_cfg, define_iebn_twin, define_model
 
 
@@ -171,8 +172,17 @@ def _cfg(first_conv: str, classifier: str, _: int) -> dict[str, Any]:
     )
 
 
+def _cfgs(name: str, cfg: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return zoo_cfgs(name, cfg) or {name: cfg}
+
+
 default_cfgs = generate_default_cfgs(
-    {f"{name}{suffix}": _cfg(*_LAYOUT[cls]) for name, (cls, _) in _ROWS.items() for suffix in ("", "_iebn")}
+    {
+        tagged: cfg
+        for name, (cls, _) in _ROWS.items()
+        for network in (name, f"{name}_iebn")
+        for tagged, cfg in _cfgs(network, _cfg(*_LAYOUT[cls])).items()
+    }
 )
 
 

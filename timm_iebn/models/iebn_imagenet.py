@@ -3,8 +3,11 @@
 `pretrained=True` warm starts from timm's batch-norm weights: same accuracy, gates at their neutral start.
 """
 
+from typing import Any
+
 from timm.models import generate_default_cfgs
 
+from ..zoo import zoo_cfgs
 from ._registry import define_iebn_twin, warm_start_cfgs
 
 # timm's network -> the tag of the weights to start from: of those under a free licence, the best in timm's
@@ -36,8 +39,14 @@ _MOBILENETS = {
     "mobilenetv4_conv_large": "e600_r384_in1k",
 }
 
+
+def _cfgs(twin: str, tag: str) -> dict[str, Any]:
+    cfgs = warm_start_cfgs(twin, tag)
+    return cfgs | zoo_cfgs(f"{twin}_iebn", next(iter(cfgs.values())).to_dict(remove_source=True))
+
+
 default_cfgs = generate_default_cfgs(
-    {name: cfg for twin, tag in (_RESNETS | _MOBILENETS).items() for name, cfg in warm_start_cfgs(twin, tag).items()}
+    {name: cfg for twin, tag in (_RESNETS | _MOBILENETS).items() for name, cfg in _cfgs(twin, tag).items()}
 )
 
 for _twin in _RESNETS:

@@ -8,8 +8,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from .checkpoint import write_atomically
+from .model_folder import read_log
 from .recipe import Recipe, RecipeError, load_recipe
-from .zoo import read_log
 
 
 def work_folder(output: Path) -> Path:

@@ -1,0 +1,63 @@
+"""Brings what is written about the zoo in line with its model folders: all cards, zoo/README.md, README.md, the plot.
+
+To add a trained network, copy the trainer's output folder to zoo/ and run this.
+
+    python scripts/update_zoo.py [--check]
+
+With --check nothing is written; the exit status is 1 if something is out of line.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from timm_iebn.card import make_card
+from timm_iebn.results import compare, plot_results, results_table, short_table
+
+ROOT = Path(__file__).parents[1]
+ZOO_README = """\
+<!-- written by scripts/update_zoo.py -->
+# Zoo
+
+Top-1 accuracy on the test split after the last epoch, mean and standard deviation over seeds; both norms of a network
+were trained by one recipe. Images per second are those of inference, measured by `scripts/benchmark.py zoo`.
+`timm_iebn.list_zoo()` gives the same in Python. A run's folder holds its weights, card, recipe, log and curves.
+
+![Accuracy against cost](results.png)
+
+"""
+BEGIN, END = "<!-- zoo: written by scripts/update_zoo.py -->\n", "<!-- end of zoo -->\n"
+
+
+def texts(root: Path) -> dict[Path, str]:
+    """What each generated file should say."""
+    zoo = root / "zoo"
+    readme = (root / "README.md").read_text()
+    before, _, rest = readme.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    found = {
+        root / "README.md": before + BEGIN + short_table(zoo) + END + after,
+        zoo / "README.md": ZOO_README + results_table(zoo),
+    }
+    for comparison in compare(path.parent for path in sorted(zoo.glob("*/recipe.yaml"))):
+        for folder in (*comparison.sides[0].values(), *comparison.sides[1].values()):
+            found[folder / "README.md"] = str(make_card(folder, comparison))
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    is_check = parser.parse_args().check
+    stale = {path: text for path, text in texts(ROOT).items() if not path.exists() or path.read_text() != text}
+    for path, text in stale.items():
+        print(f"{path.relative_to(ROOT)} {'is out of line' if is_check else 'written'}")
+        if not is_check:
+            path.write_text(text)
+    if not is_check:
+        plot_results(ROOT / "zoo", ROOT / "zoo" / "results.png")
+    return int(is_check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""The README.md of a model folder, which is its card on the Hub."""
+
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from .recipe import load_recipe
+from .results import NORMS, Comparison, compare, count
+from .zoo import hub_id, read_config
+
+TEMPLATE = Path(__file__).with_name("card_template.md")
+
+_IEBN = (
+    "Instance Enhancement Batch Normalization ([arXiv 1908.04008](https://arxiv.org/abs/1908.04008)) is batch norm "
+    "whose scale is gated, for each image and channel, by the channel's mean in that image. It costs two parameters "
+    "for each channel and needs no other change to the network."
+)
+_BATCH_NORM = (
+    "The batch-norm twin of `{model}_iebn`, trained by the same recipe to compare "
+    "[IEBN](https://arxiv.org/abs/1908.04008) with."
+)
+
+
+def make_card(folder: Path, comparison: Comparison | None = None, source: str = "") -> ModelCard:
+    """The card of the model folder `folder`, from the other files in it.
+
+    Args:
+        comparison: the runs of the zoo that this one stands beside.
+        source: what `timm.create_model` is to load in the card's examples; the repository in our namespace by default.
+    """
+    recipe, config = load_recipe(folder / "recipe.yaml"), read_config(folder)
+    training, model, size = config["training"], config["architecture"], config["pretrained_cfg"]["input_size"]
+    (own,) = compare([folder])
+    comparison = comparison or own
+    is_iebn = bool(own.sides[1])
+    on_hub = recipe.data.startswith("hfds/")
+    data = recipe.data.removeprefix("hfds/")
+    metrics = (("Top 1 Accuracy", "accuracy", "test_top1"), ("Top 5 Accuracy", "accuracy@5", "test_top5"))
+    card_data = ModelCardData(
+        library_name="timm",
+        license="apache-2.0",
+        tags=["image-classification", "timm", "timm-iebn"],
+        pipeline_tag="image-classification",
+        datasets=[data] if on_hub else None,
+        metrics=["accuracy"],
+        model_name=folder.resolve().name,
+        eval_results=[
+            EvalResult(
+                task_type="image-classification",
+                task_name="Image Classification",
+                dataset_type=data if on_hub else "other",
+                dataset_name=data.rpartition("/")[2],
+                dataset_split=recipe.test_split,
+                metric_type=metric_type,
+                metric_name=name,
+                metric_value=training[key],
+            )
+            for name, metric_type, key in metrics
+        ],
+    )
+    sides = [
+        dict(
+            norm=f"**{norm}**" if side == is_iebn else norm,
+            parameters=count(comparison.config(side)["parameters"]),
+            macs=count(comparison.config(side)["macs"]),
+            top1=comparison.mean(side),
+            paper=f"{comparison.paper[side]:.2f}" if comparison.paper else "",
+            runs=", ".join(path.resolve().name for _, path in sorted(comparison.sides[side].items())),
+        )
+        for side, norm in enumerate(NORMS)
+        if comparison.sides[side]
+    ]
+    return ModelCard.from_template(
+        card_data,
+        template_path=str(TEMPLATE),
+        title=f"{model}{', fine-tuned' if recipe.pretrained else ''} on {data.rpartition('/')[2]}",
+        about=_IEBN if is_iebn else _BATCH_NORM.format(model=model),
+        sides=sides,
+        paper=comparison.paper,
+        top1=training["test_top1"],
+        top5=training["test_top5"],
+        test_split=recipe.test_split,
+        epochs=recipe.epochs,
+        seed=recipe.seed,
+        spread=max(map(len, comparison.sides)) > 1,
+        runs=len(comparison.sides[is_iebn]),
+        source=source or f"hf-hub:{hub_id(folder)}",
+        mode="L" if size[0] == 1 else "RGB",
+        input_size=", ".join(map(str, size)),
+        size=f"{size[1]}x{size[2]}",
+        precision=recipe.precision,
+        num_classes=config["num_classes"],
+        data=f"[{data}](https://huggingface.co/datasets/{data})" if on_hub else f"`{data}`",
+        pretrained=recipe.pretrained,
+        start=recipe.model,
+    )
+
+
+def write_card(folder: Path, comparison: Comparison | None = None) -> None:
+    """Writes `make_card` to the README.md of `folder`."""
+    (folder / "README.md").write_text(str(make_card(folder, comparison)))

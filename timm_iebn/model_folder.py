@@ -1,0 +1,139 @@
+"""Model folders: what a training run writes, `timm.create_model('local-dir:…')` loads and the Hub holds."""
+
+import csv
+import hashlib
+import io
+import platform
+import shutil
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from timm.models._hub import save_config_for_hf
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from . import __version__
+from .card import write_card
+from .checkpoint import sync_to_disk
+from .recipe import Recipe
+from .zoo import WEIGHTS
+
+FILES = (WEIGHTS, "config.json", "README.md", "recipe.yaml", "log.csv", "curves.png", "environment.txt")
+_PACKAGES = ("torch", "timm", "accelerate", "safetensors", "huggingface-hub")
+
+
+def save_weights(model: nn.Module, path: str | Path) -> None:
+    """The state dict of `model` as safetensors, in the default layout, whatever the layout in memory."""
+    # not save_file, whose files their owner alone can read
+    Path(path).write_bytes(safetensors.torch.save({k: v.contiguous() for k, v in model.state_dict().items()}))
+
+
+def save_model_folder(
+    model: nn.Module,
+    folder: str | Path,
+    work: Path,
+    recipe: Recipe,
+    rows: list[dict[str, Any]],
+    classes: list[str],
+    data_config: dict[str, Any],
+) -> None:
+    """Writes `folder`, which must not exist, all at once: weights, config, card, recipe, log, curves and versions.
+
+    They are written to `work`, a new folder on the same disk, and are on the disk before `folder` is there.
+    """
+    folder = Path(folder)
+    work.mkdir()
+    try:
+        _write_files(model, work, recipe, rows, classes, data_config)
+        for path in (*work.iterdir(), work):
+            sync_to_disk(path)
+        work.rename(folder)
+        sync_to_disk(folder.parent)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+def _write_files(
+    model: nn.Module,
+    folder: Path,
+    recipe: Recipe,
+    rows: list[dict[str, Any]],
+    classes: list[str],
+    data_config: dict[str, Any],
+) -> None:
+    save_weights(model, folder / WEIGHTS)
+    config = dict(
+        label_names=classes,
+        weights_sha256=hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest(),
+        parameters=sum(p.numel() for p in model.parameters()),
+        macs=count_macs(model, data_config["input_size"]),
+        training=_training(recipe, rows[-1]),
+        pretrained_cfg=dict(tag="", crop_pct=data_config["crop_pct"]),
+    )
+    save_config_for_hf(model, str(folder / "config.json"), model_config=config, data_config=data_config)
+    (folder / "recipe.yaml").write_text(recipe.to_yaml())
+    (folder / "log.csv").write_text(log_text(rows))
+    name = model.pretrained_cfg["architecture"] + (", fine-tuned" if recipe.pretrained else "")
+    plot_curves(rows, folder / "curves.png", name)
+    device = next(model.parameters()).device
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    about = f"# {date.today()}, Python {platform.python_version()}, {platform.system()}, {device.type}: {machine}"
+    versions = [f"timm-iebn=={__version__}", *(f"{name}=={version(name)}" for name in _PACKAGES)]
+    (folder / "environment.txt").write_text("\n".join([about, *versions]) + "\n")
+    write_card(folder)
+
+
+def _training(recipe: Recipe, row: dict[str, Any]) -> dict[str, Any]:
+    """What a reader of config.json learns of the run; recipe and log have all of it."""
+    results = {k: round(row[k], 4) for k in ("test_loss", "test_top1", "test_top5")}
+    what = {k: getattr(recipe, k) for k in ("data", "epochs", "seed", "pretrained")}
+    return what | results | dict(date=str(date.today()))
+
+
+def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
+    """Multiply-accumulates of convolutions and matrix products, for one image."""
+    was_training, x = model.training, next(model.parameters()).new_zeros(1, *input_size)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(x)
+    model.train(was_training)
+    return counter.get_total_flops() // 2
+
+
+def log_text(rows: list[dict[str, Any]]) -> str:
+    """`rows` as CSV, one line an epoch."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    return file.getvalue()
+
+
+def read_log(path: str | Path) -> list[dict[str, float]]:
+    """The rows of a log.csv."""
+    with open(path, newline="") as file:
+        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+def plot_curves(rows: list[dict[str, Any]], path: str | Path, title: str) -> None:
+    """Loss and accuracy over the epochs, on the training and the test split, as PNG."""
+    epochs = [row["epoch"] for row in rows]
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    figure.suptitle(title)
+    for axes, quantity, label in zip(figure.subplots(1, 2), ("loss", "top1"), ("loss", "top-1, %"), strict=True):
+        for split in ("train", "test"):
+            axes.plot(
+                epochs, [row[f"{split}_{quantity}"] for row in rows], ".-" if len(rows) < 20 else "-", label=split
+            )
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=120)

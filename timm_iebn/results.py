@@ -1,0 +1,133 @@
+"""What the zoo shows: each network beside its batch-norm twin, over seeds, as tables and as a plot."""
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from matplotlib.figure import Figure
+
+from .recipe import Recipe, load_recipe
+from .zoo import read_config, read_speeds
+
+NORMS = ("batch norm", "IEBN")
+
+# arXiv 1908.04008: batch norm, IEBN
+_PAPER = {("resnet164_cifar", "cifar100"): (74.29, 77.09)}
+
+Sides = tuple[dict[int, Path], dict[int, Path]]  # model folders by seed, with batch norm and with IEBN
+
+
+@dataclass
+class Comparison:
+    """Runs that differ in norm and seed only."""
+
+    recipe: Recipe  # of the batch-norm side, whatever its seed
+    sides: Sides
+
+    @property
+    def name(self) -> str:
+        return self.recipe.model + (", fine-tuned" if self.recipe.pretrained else "")
+
+    @property
+    def data(self) -> str:
+        return self.recipe.data.rpartition("/")[2]
+
+    @property
+    def paper(self) -> tuple[float, float] | None:
+        return None if self.recipe.pretrained else _PAPER.get((self.recipe.model, self.data))
+
+    def config(self, side: int) -> dict[str, Any]:
+        """The config.json of a run of that side."""
+        return read_config(next(iter(self.sides[side].values())))
+
+    def top1(self, side: int) -> list[float]:
+        return [read_config(folder)["training"]["test_top1"] for folder in self.sides[side].values()]
+
+    def mean(self, side: int) -> str:
+        """Mean and standard deviation of the last epoch's top-1, in percent."""
+        top1 = self.top1(side)
+        if len(top1) < 2:
+            return f"{top1[0]:.2f} (one seed)" if top1 else "-"
+        return f"{statistics.mean(top1):.2f} ± {statistics.stdev(top1):.2f} ({len(top1)} seeds)"
+
+
+def compare(folders: Iterable[Path]) -> list[Comparison]:
+    """The runs of model folders, each network beside its twin.
+
+    Raises:
+        ValueError: two folders hold the same run.
+    """
+    rows: dict[str, Sides] = defaultdict(lambda: ({}, {}))  # by the recipe without norm and seed
+    for folder in folders:
+        recipe, model = load_recipe(folder / "recipe.yaml"), read_config(folder)["architecture"]
+        model_args = {k: v for k, v in recipe.model_args.items() if k != "norm_layer"}
+        is_iebn = model.endswith("_iebn") or str(recipe.model_args.get("norm_layer")).startswith("iebn")
+        key = replace(recipe, model=model.removesuffix("_iebn"), model_args=model_args, seed=0).to_yaml()
+        runs = rows[key][is_iebn]
+        if recipe.seed in runs:
+            raise ValueError(f"{folder.name} is the same run as {runs[recipe.seed].name}: remove one of them")
+        runs[recipe.seed] = folder
+    return [Comparison(Recipe(**yaml.safe_load(key)), sides) for key, sides in rows.items()]
+
+
+def count(number: int) -> str:
+    """278324 as 0.28 M."""
+    return f"{number / 1e6:.4g} M" if number >= 1e5 else str(number)
+
+
+def results_table(zoo: Path) -> str:
+    """The results of all model folders in `zoo` as a Markdown table."""
+    lines = [
+        "| Network | Data | Epochs | Norm | Parameters | MACs | Images/s | Top-1, % | Paper, % | Runs |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    speeds = read_speeds(zoo)
+    for row in compare(path.parent for path in sorted(zoo.glob("*/recipe.yaml"))):
+        for side, norm in enumerate(NORMS):
+            if not row.sides[side]:
+                continue
+            config = row.config(side)
+            speed = ", ".join(f"{v:.0f} ({k})" for k, v in speeds.get(config["architecture"], {}).items()) or "-"
+            paper = f"{row.paper[side]:.2f}" if row.paper else "-"
+            logs = " ".join(f"[seed {seed}]({path.name})" for seed, path in sorted(row.sides[side].items()))
+            cost = count(config["parameters"]), count(config["macs"]), speed
+            cells = row.name, row.data, str(row.recipe.epochs), norm, *cost, row.mean(side), paper, logs
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def short_table(zoo: Path) -> str:
+    """One line for each network trained from scratch with both norms: what a README has room for."""
+    lines = ["| Network | Data | Epochs | Batch norm, top-1 % | IEBN, top-1 % |", "|---|---|---|---|---|"]
+    for row in compare(path.parent for path in sorted(zoo.glob("*/recipe.yaml"))):
+        if all(row.sides) and not row.recipe.pretrained:
+            lines.append(f"| {row.name} | {row.data} | {row.recipe.epochs} | {row.mean(0)} | {row.mean(1)} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot_results(zoo: Path, path: Path) -> None:
+    """Accuracy against multiply-accumulates, IEBN beside batch norm, as PNG; bars are standard deviations."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for row in compare(path.parent for path in sorted(zoo.glob("*/recipe.yaml"))):
+        for side, (norm, color) in enumerate(zip(NORMS, ("tab:gray", "tab:blue"), strict=True)):
+            if top1 := row.top1(side):
+                bar = statistics.stdev(top1) if len(top1) > 1 else None
+                at = row.config(side)["macs"], statistics.mean(top1)
+                axes.errorbar(*at, yerr=bar, fmt="os"[side], color=color, capsize=3, label=norm)
+        axes.annotate(
+            f"{row.name}\n{row.data}, {row.recipe.epochs} epochs", at, xytext=(6, -14), textcoords="offset points"
+        )
+    axes.set_xscale("log")
+    axes.set_xlabel("multiply-accumulates for one image")
+    axes.set_ylabel("top-1 on the test split, %")
+    axes.grid(alpha=0.3)
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(
+        *zip(*{label: (handle, label) for handle, label in zip(handles, labels, strict=True)}.values(), strict=True)
+    )
+    figure.savefig(path, dpi=120)

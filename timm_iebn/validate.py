@@ -1,0 +1,58 @@
+"""Evaluation of a network by its name: a registered one, a model folder, or a repository on the Hub."""
+
+from pathlib import Path
+
+import timm
+from accelerate import Accelerator
+
+from .build import suggestion
+from .data import open_test_data
+from .evaluate import evaluate
+from .loaders import make_loader, make_share
+from .recipe import Recipe, RecipeError, load_recipe
+
+
+def validate(
+    name: str,
+    accelerator: Accelerator,
+    data: str | None = None,
+    data_dir: str = "",
+    test_split: str | None = None,
+    loader: str | None = None,
+    workers: int = 0,
+) -> dict[str, float]:
+    """Loss, top-1 and top-5 of the network `name` on a test split, in float32, each image counted once.
+
+    Args:
+        name: a registered name (with or without tag), a model folder, or hf-hub:ID. A folder remembers its data.
+        data, test_split, loader: as in a recipe; by default the folder's own.
+        data_dir, workers: as for `train`.
+
+    Raises:
+        RecipeError: no such network or data, or its classes are others.
+    """
+    given = {k: v for k, v in dict(data=data, test_split=test_split, loader=loader).items() if v is not None}
+    recipe = _recipe(name, given)
+    test, classes = open_test_data(recipe, data_dir)
+    model = timm.create_model(f"local-dir:{name}" if Path(name).is_dir() else name, pretrained=True)
+    if model.num_classes != len(classes):
+        raise RecipeError(f"{name} tells {model.num_classes} classes apart, {recipe.data!r} has {len(classes)}")
+    known = model.pretrained_cfg.get("label_names") or classes
+    if list(known) != classes:
+        odd = next(f"{a!r} is {b!r}" for a, b in zip(known, classes, strict=True) if a != b)
+        raise RecipeError(f"{name} knows other classes than {recipe.data!r}: {odd} there")
+    share, data_config = make_share(model, test, accelerator, recipe.channels_last)
+    return evaluate(model.to(accelerator.device), make_loader(test, share, data_config, workers=workers), accelerator)
+
+
+def _recipe(name: str, given: dict[str, str]) -> Recipe:
+    """The part of a recipe that evaluation knows: the folder's own, changed by what is given."""
+    stored = Path(name) / "recipe.yaml"
+    if stored.exists():
+        before = load_recipe(stored)
+        given = {k: getattr(before, k) for k in ("data", "test_split", "loader", "channels_last")} | given
+    elif ":" not in name and not Path(name).is_dir() and not timm.is_model(name):
+        raise RecipeError(f"model: {name!r} is neither a folder nor a registered name{suggestion(name)}")
+    if "data" not in given:
+        raise RecipeError("data: say which data with --data")
+    return Recipe(model=name, epochs=1, milestones=(), **given)
