@@ -65,6 +65,9 @@ def main() -> int:
     except (PublishError, RecipeError) as e:
         print(f"publish.py: {e}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("publish.py: interrupted. What is online is whole; run again to go on.", file=sys.stderr)
+        return 130
     finally:
         if revisions:
             _show(plans, "Revision", revisions)

@@ -20,7 +20,7 @@ ZOO_README = """\
 # Zoo
 
 Top-1 accuracy on the test split after the last epoch, mean and standard deviation over seeds; both norms of a network
-were trained by one recipe. Images per second are those of inference, measured by `scripts/benchmark.py zoo`.
+were trained by one recipe. Images per second are those of inference, measured by `scripts/zoo_speed.py`.
 `timm_iebn.list_zoo()` gives the same in Python. A run's folder holds its weights, card, recipe, log and curves.
 
 ![Accuracy against cost](results.png)

@@ -275,6 +275,6 @@ def test_the_default_weights_are_a_warm_start_from_timms_own(twin):
     assert is_model(f"{twin}_iebn.{cfg.tag}")
 
 
-def test_cifar_networks_have_no_weights_yet_and_say_so():
-    with pytest.raises(RuntimeError, match="No pretrained weights exist for resnet20_cifar_iebn"):
-        timm.create_model("resnet20_cifar_iebn", pretrained=True)
+def test_cifar_networks_that_are_not_in_the_zoo_say_so():
+    with pytest.raises(RuntimeError, match="No pretrained weights exist for resnet32_cifar_iebn"):
+        timm.create_model("resnet32_cifar_iebn", pretrained=True)

@@ -4,19 +4,17 @@ The client reads its environment when it is imported, so what needs a Hub runs i
 `offline` and `unreachable` are functions that run a function there.
 """
 
-import os
+import re
 import socket
-import time
 import traceback
-from contextlib import contextmanager
-from multiprocessing import get_context
 
 import pytest
 import timm
 import torch
 from conftest import randomize
-from hub_server import Hub, Repo
-from safetensors.torch import save, save_file
+from hub_client import client
+from hub_server import Fault, Hub, Repo
+from safetensors.torch import load, save, save_file
 from timm.models._hub import save_config_for_hf
 
 from timm_iebn import IEBN2d
@@ -31,10 +29,6 @@ TWINS = {
 
 
 # --- run by the clients' processes
-
-
-def skip_waits():
-    time.sleep = lambda seconds: None  # between tries: 23 s in all
 
 
 def outputs(name, call="__call__", **kwargs):
@@ -64,21 +58,6 @@ def failure(name, **kwargs):
 # --- Hub, clients, files
 
 
-@contextmanager
-def client(home, endpoint, **env):
-    env |= dict(HF_HOME=str(home), HF_ENDPOINT=endpoint, HF_TOKEN=TOKEN, NO_PROXY="127.0.0.1", no_proxy="127.0.0.1")
-    env |= dict(HF_HUB_ETAG_TIMEOUT="5", HF_HUB_DOWNLOAD_TIMEOUT="5", HF_HUB_DISABLE_XET="1")
-    env |= dict(HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
-    with pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))]:
-            patch.delenv(name)
-        for name, value in env.items():
-            patch.setenv(name, value)
-        pool = get_context("spawn").Pool(1, initializer=skip_waits)
-    with pool:
-        yield lambda f, *args, **kwargs: pool.apply_async(f, args, kwargs).get(timeout=100)
-
-
 def batch_norm_weights(name):
     return randomize(timm.create_model(name)).state_dict()
 
@@ -87,19 +66,26 @@ def batch_norm_weights(name):
 def hub():
     """timm's repositories with random weights of ours, and some of a lab in which something is wrong."""
     torch.manual_seed(0)
-    with Hub() as hub:
+    with Hub({TOKEN: {"lab"}}) as hub:
         for name, tag in (*TWINS.items(), ("resnet18", "tv_in1k")):
             hub.repos[f"timm/{name}.{tag}"] = Repo({WEIGHTS: save(batch_norm_weights(name))})
         whole = hub.repos["timm/resnet18.a1_in1k"].files[WEIGHTS]
         hub.repos |= {
             "lab/empty": Repo({"README.md": b"no weights here"}),
             "lab/damaged": Repo({WEIGHTS: whole[: len(whole) // 2]}),
-            "lab/gated": Repo({WEIGHTS: whole}, "gated"),
-            "lab/down": Repo({WEIGHTS: whole}, "503"),
+            "lab/gated": Repo({WEIGHTS: whole}),
+            "lab/down": Repo({WEIGHTS: whole}),
             # below 10 MB, the client's chunk: it tries for ever while there is progress
-            "lab/cut": Repo({WEIGHTS: whole[:1_000_000]}, "cut"),
-            "lab/hangs-up": Repo({WEIGHTS: whole}, "hang up"),
+            "lab/cut": Repo({WEIGHTS: whole[:1_000_000]}),
+            "lab/hangs-up": Repo({WEIGHTS: whole}),
+            "lab/busy": Repo({WEIGHTS: whole}),
+            "lab/cut-once": Repo({WEIGHTS: whole}),
+            "lab/corrupt": Repo({WEIGHTS: whole}),
         }
+        kinds = {"gated": "gated", "down": "503", "cut": "cut", "hangs-up": "hang up"}
+        hub.faults += [Fault(f"(GET|HEAD) /lab/{name}/", kind) for name, kind in kinds.items()]
+        hub.faults += [Fault("HEAD /lab/busy/", "503", 2), Fault("HEAD /lab/busy/", "slow", 1)]
+        hub.faults += [Fault("GET /lab/cut-once/", "cut", 1), Fault("GET /lab/corrupt/", "corrupt", 1)]
         yield hub
 
 
@@ -110,7 +96,7 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def online(hub, home):
-    with client(home, hub.url) as call:
+    with client(home, hub.url, TOKEN) as call:
         yield call
 
 
@@ -123,13 +109,13 @@ def closed_port():
 
 @pytest.fixture(scope="module")
 def unreachable(closed_port, tmp_path_factory):
-    with client(tmp_path_factory.mktemp("unreachable"), closed_port) as call:
+    with client(tmp_path_factory.mktemp("unreachable"), closed_port, TOKEN) as call:
         yield call
 
 
 @pytest.fixture(scope="module")
 def offline(closed_port, tmp_path_factory):
-    with client(tmp_path_factory.mktemp("offline"), closed_port, HF_HUB_OFFLINE="1") as call:
+    with client(tmp_path_factory.mktemp("offline"), closed_port, TOKEN, HF_HUB_OFFLINE="1") as call:
         yield call
 
 
@@ -220,6 +206,23 @@ def test_a_published_network_keeps_its_gates(hub, online, folder, tmp_path):
 
 
 # --- errors of the Hub
+
+
+@pytest.mark.parametrize("repo", ["lab/busy", "lab/cut-once"])
+def test_a_short_trouble_of_the_hub_goes_unnoticed(hub, online, repo):
+    loaded = online(state, "resnet18_iebn", pretrained_cfg_overlay=dict(hf_hub_id=repo))
+    assert not [fault for fault in hub.faults if fault.times and re.search(fault.pattern, f"GET /{repo}/")]
+    assert (loaded["conv1.weight"] == load(hub.repos[repo].files[WEIGHTS])["conv1.weight"].numpy()).all()
+
+
+def test_flipped_bits_are_found_and_do_not_stay_in_the_cache(hub, online, home):
+    """The client compares only sizes."""
+    wanted = dict(pretrained_cfg_overlay=dict(hf_hub_id="lab/corrupt"))
+    found = online(failure, "resnet18_iebn", **wanted)
+    assert_explains(found, RuntimeError, "lab/corrupt", "damaged", "removed from the cache")
+    assert not [path for path in (home / "hub" / "models--lab--corrupt").glob("blobs/*") if path.is_file()]
+    loaded = online(state, "resnet18_iebn", **wanted)
+    assert (loaded["conv1.weight"] == load(hub.repos["lab/corrupt"].files[WEIGHTS])["conv1.weight"].numpy()).all()
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def test_validate_takes_either_loader_and_the_classes_of_the_training_only(tmp_p
             ["resnet20_cifar_ibn", "--data", "digits"],
             "'resnet20_cifar_ibn' is neither .* did you mean 'resnet20_cifar_iebn'",
         ),
-        (["resnet20_cifar", "--data", "digits"], "pretrained"),
+        (["resnet32_cifar", "--data", "digits"], "pretrained"),
         (["{folder}", "--data", "hfds//nowhere"], "/nowhere"),
     ],
 )

@@ -1,81 +1,107 @@
-"""The table of the zoo, and the script that trains all of it."""
+"""The zoo as part of the installed package."""
 
-import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import timm
+import torch
+from timm.models import get_pretrained_cfg
 
-from timm_iebn.recipe import Recipe
-from timm_iebn.zoo import results_table
+import timm_iebn
+from timm_iebn import zoo
+from timm_iebn.zoo import WEIGHTS, hub_id, list_zoo, model_folders
 
 ROOT = Path(__file__).parents[1]
+LOAD_ALL = """
+import timm, timm_iebn
+models = timm_iebn.list_zoo()
+for model in models:
+    timm.create_model(model.name, pretrained=True)
+print(timm_iebn.__file__, *[model.name for model in models], sep="\\n")
+"""
 
 
-def add_run(zoo, name, top1, architecture=None, **recipe):
-    recipe = dict(model="resnet164_cifar", data="hfds/uoft-cs/cifar100") | recipe
-    folder = zoo / name
-    folder.mkdir()
-    (folder / "recipe.yaml").write_text(Recipe(**recipe).to_yaml())
-    (folder / "log.csv").write_text(f"epoch,test_top1\n1,99.0\n2,{top1}\n")
-    (folder / "config.json").write_text(json.dumps(dict(architecture=architecture or recipe["model"])))
+def test_the_zoo_is_registered_and_listed():
+    folders = [folder for folder in model_folders() if (folder / WEIGHTS).exists()]
+    assert folders
+    for folder in folders:
+        cfg = get_pretrained_cfg(folder.name)
+        assert cfg.file == str(folder / WEIGHTS) and cfg.hf_hub_id == f"timm-iebn/{folder.name}" == hub_id(folder)
+        assert folder.name in timm.list_pretrained()
+        (model,) = list_zoo(folder.name)
+        network = timm.create_model(folder.name, pretrained=True)
+        assert network.num_classes == cfg.num_classes and len(network.pretrained_cfg["label_names"]) == cfg.num_classes
+        assert model.parameters == sum(p.numel() for p in network.parameters())
+        assert 0 < model.top1 <= model.top5 <= 100 and model.macs > model.parameters
 
 
-def cells(zoo):
-    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in results_table(zoo).splitlines()[2:]]
+def test_a_name_and_its_folder_give_the_same_network():
+    folder = model_folders()[0]
+    x = torch.randn(2, 3, 32, 32)
+    one, other = (timm.create_model(n, pretrained=True).eval() for n in (folder.name, f"local-dir:{folder}"))
+    assert torch.equal(one(x), other(x))
 
 
-def test_runs_that_differ_in_norm_and_seed_share_a_row(tmp_path):
-    add_run(tmp_path, "a", 70.0)
-    add_run(tmp_path, "b", 72.0, seed=1)
-    add_run(tmp_path, "c", 75.0, model="resnet164_cifar_iebn")
-    add_run(tmp_path, "d", 60.0, lr=0.2)
-    (one, other) = cells(tmp_path)
-    assert one[:6] == [
-        "resnet164_cifar",
-        "cifar100",
-        "164",
-        "71.00 ± 1.41 (2 seeds)",
-        "75.00 (one seed)",
-        "74.29, 77.09",
-    ]
-    assert other[3:5] == ["60.00 (one seed)", "-"]
-    assert [f"[{n}]({n}/log.csv)" in one[6] for n in "abcd"] == [True, True, True, False]
+def test_the_default_is_the_longest_training_then_the_lowest_seed(tmp_path):
+    def add(name, epochs, seed, pretrained=False):
+        (tmp_path / name).mkdir()
+        training = f'"epochs": {epochs}, "seed": {seed}, "pretrained": {str(pretrained).lower()}'
+        (tmp_path / name / "config.json").write_text(f'{{"training": {{{training}}}}}')
+
+    add("a", 60, 1)
+    add("b", 164, 2)
+    add("c", 200, 0, pretrained=True)
+    add("d", 164, 0)
+    assert [folder.name for folder in model_folders(tmp_path)] == ["d", "b", "a", "c"]
 
 
-def test_a_network_stands_on_the_side_of_its_norm(tmp_path):
-    tuned = dict(pretrained=True, data="digits", architecture="resnet20_cifar_iebn")
-    add_run(tmp_path, "a", 98.0, model="local-dir:somewhere", **tuned)
-    add_run(tmp_path, "b", 50.0, model="resnet50", model_args=dict(norm_layer="iebn"))
-    (tuned, own) = cells(tmp_path)
-    assert tuned[0] == "resnet20_cifar, fine-tuned" and tuned[3:6] == ["-", "98.00 (one seed)", "-"]
-    assert own[0] == "resnet50" and own[3:5] == ["-", "50.00 (one seed)"]
+@pytest.fixture
+def copied_zoo(tmp_path, monkeypatch):
+    """A zoo of one network, whose files a test may change."""
+    folder = tmp_path / model_folders()[0].name
+    shutil.copytree(model_folders()[0], folder)
+    monkeypatch.setattr(zoo, "ZOO", tmp_path)
+    return folder
 
 
-def test_a_copy_is_no_second_seed(tmp_path):
-    add_run(tmp_path, "a", 70.0)
-    add_run(tmp_path, "b", 70.0)
-    with pytest.raises(ValueError, match="b is the same run as a"):
-        results_table(tmp_path)
+def test_shipped_weights_are_checked(copied_zoo):
+    weights = copied_zoo / WEIGHTS
+    overlay = dict(pretrained_cfg_overlay=dict(file=str(weights)))
+    timm.create_model(copied_zoo.name, pretrained=True, **overlay)
+    damaged = bytearray(weights.read_bytes())
+    damaged[-1] ^= 1
+    weights.write_bytes(damaged)
+    with pytest.raises(RuntimeError, match="model.safetensors is damaged .*install timm-iebn again"):
+        timm.create_model(copied_zoo.name, pretrained=True, **overlay)
 
 
-def test_the_table_in_the_zoo_is_that_of_its_folders():
-    assert (ROOT / "zoo" / "README.md").read_text().endswith("\n\n" + results_table(ROOT / "zoo"))
+def test_the_namespace_can_be_changed(monkeypatch):
+    monkeypatch.setenv("TIMM_IEBN_NAMESPACE", "lab")
+    assert hub_id(Path("somewhere/net.tag")) == "lab/net.tag"
+    assert hub_id(Path("somewhere/net.tag"), "me") == "me/net.tag"
 
 
-def test_one_command_starts_or_continues_the_whole_list(tmp_path):
-    python = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = os.environ | dict(PATH=python, MODELS="resnet20_cifar", SEEDS="0 1", OUTPUT=str(tmp_path), JOBS="2")
-    environment |= dict(OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true")
-    command = [ROOT / "scripts" / "reproduce.sh", "data=digits", "data_config={}", "epochs=1"]
-    command += ["milestones=[]"]
-    for _ in range(2):
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-        assert result.returncode == 0, result.stdout + result.stderr
-    for model in ("resnet20_cifar", "resnet20_cifar_iebn"):
-        for seed in (0, 1):
-            assert (tmp_path / f"{model}.digits_1epochs_seed{seed}" / "model.safetensors").exists()
-            said = (tmp_path / f"{model}-seed{seed}.log").read_text()
-            assert said.count("epoch   1/1") == 1 and said.count("on the test split") == 2, said
+def test_the_wheel_brings_the_weights(tmp_path):
+    """Built from the sources that git would have, installed elsewhere, loaded without a network."""
+    source = tmp_path / "source"
+    ignored = shutil.ignore_patterns(".*", "output", "build", "*.egg-info", "__pycache__", "*.so", "tests")
+    shutil.copytree(ROOT, source, ignore=ignored)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
+    for command in (
+        ["wheel", "--no-deps", "-w", tmp_path, source],
+        ["install", "--no-deps", "--target", tmp_path / "s"],
+    ):
+        wheels = [] if command[0] == "wheel" else list(tmp_path.glob("*.whl"))
+        subprocess.run([*pip, *command, *wheels], check=True, timeout=500)
+    environment = os.environ | dict(PYTHONPATH=str(tmp_path / "s"), HF_HUB_OFFLINE="1")
+    result = subprocess.run(
+        [sys.executable, "-c", LOAD_ALL], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=100
+    )
+    assert result.returncode == 0, result.stderr
+    file, *names = result.stdout.split()
+    assert Path(file).is_relative_to(tmp_path / "s") and Path(timm_iebn.__file__).parent != Path(file).parent
+    assert names == [folder.name for folder in model_folders()]

@@ -6,7 +6,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .recipe import load_recipe
 from .results import NORMS, Comparison, compare, count
-from .zoo import hub_id, read_config
+from .zoo import NAMESPACE, hub_id, read_config
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 
@@ -84,7 +84,7 @@ def make_card(folder: Path, comparison: Comparison | None = None, source: str = 
         seed=recipe.seed,
         spread=max(map(len, comparison.sides)) > 1,
         runs=len(comparison.sides[is_iebn]),
-        source=source or f"hf-hub:{hub_id(folder)}",
+        source=source or f"hf-hub:{hub_id(folder, NAMESPACE)}",
         mode="L" if size[0] == 1 else "RGB",
         input_size=", ".join(map(str, size)),
         size=f"{size[1]}x{size[2]}",

@@ -15,14 +15,14 @@ from torch import nn
 
 from .model_folder import FILES
 from .recipe import RecipeError, load_recipe
-from .zoo import WEIGHTS, HTTPError, hub_id, read_config, sha256
+from .zoo import NAMESPACE, WEIGHTS, HTTPError, hub_id, read_config, sha256
 
 _KEPT = {".gitattributes"}  # of the Hub's own
 _READING_ERRORS = (OSError, RuntimeError, ValueError, KeyError, IndexError, TypeError)
-_HUB_ERRORS = (HTTPError, OSError, ValueError)  # the last: it refuses the card
+_HUB_ERRORS = (HTTPError, OSError, ValueError, RuntimeError)  # the last two: of a card, of an upload
 
 
-class PublishError(RuntimeError):
+class PublishError(Exception):
     """A folder that can't be published; the message says why and what to do."""
 
 
@@ -75,7 +75,10 @@ def check_folder(folder: Path) -> nn.Module:
         (top1, top5) == (training["test_top1"], training["test_top5"]), "the card has other figures than config.json"
     )
     require(card.data.library_name == "timm" and bool(card.data.license), "the card lacks library_name or license")
-    require(hub_id(folder) in card.content, "the card does not say how to load it: scripts/update_zoo.py writes cards")
+    require(
+        hub_id(folder, NAMESPACE) in card.content,
+        "the card does not say how to load it: scripts/update_zoo.py writes cards",
+    )
     try:
         model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     except _READING_ERRORS as e:
@@ -91,7 +94,7 @@ def check_folder(folder: Path) -> nn.Module:
 def _contents(folder: Path, repo: str) -> dict[str, bytes]:
     """The files of the repository: those of the folder, with a card that names the repository."""
     files = {name: (folder / name).read_bytes() for name in FILES}
-    files["README.md"] = files["README.md"].replace(hub_id(folder).encode(), repo.encode())
+    files["README.md"] = files["README.md"].replace(hub_id(folder, NAMESPACE).encode(), repo.encode())
     return files
 
 
@@ -101,7 +104,9 @@ def _is_same(online: RepoFile, data: bytes) -> bool:
     return online.blob_id == hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
-def _explain(repo: str, error: Exception) -> PublishError:
+def _explain(repo: str, error: BaseException) -> PublishError:
+    if isinstance(error, RuntimeError) and error.__cause__:  # "Error while uploading", from what says why
+        error = error.__cause__
     status = getattr(getattr(error, "response", None), "status_code", None)
     namespace = repo.partition("/")[0]
     if isinstance(error, LocalTokenNotFoundError):

@@ -18,10 +18,12 @@ ZOO = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[1] / "zoo"  
 WEIGHTS = "model.safetensors"
 HTTPError = HfHubHTTPError.__bases__[0]  # of whichever HTTP library huggingface_hub uses
 
+NAMESPACE = "timm-iebn"  # ours on the Hub, which the cards name
+
 
 def hub_namespace() -> str:
     """Whose repositories on the Hub hold the zoo: `TIMM_IEBN_NAMESPACE` in the environment, or ours."""
-    return os.environ.get("TIMM_IEBN_NAMESPACE") or "timm-iebn"
+    return os.environ.get("TIMM_IEBN_NAMESPACE") or NAMESPACE
 
 
 def hub_id(folder: Path, namespace: str = "") -> str:

@@ -1,0 +1,70 @@
+"""Measures the images per second of the zoo's networks in inference, on this machine, and writes them to zoo/speed.csv.
+
+    python scripts/zoo_speed.py [--threads N] [--repeats N]
+
+All networks take turns in one process, in float32 and channels last, on CUDA where there is one; a figure is the median
+of the repeats. Rows of other devices stay. Nothing else may run meanwhile.
+"""
+
+import argparse
+import csv
+import statistics
+import time
+from datetime import date
+
+import timm
+import torch
+
+from timm_iebn.zoo import ZOO, model_folders, read_config
+
+FIELDS = ("architecture", "device", "batch_size", "images_per_second", "torch", "date")
+
+
+def measure(device: torch.device, repeats: int, batch_size: int) -> dict[str, float]:
+    """Images per second of each architecture in the zoo."""
+    networks, times = {}, {}
+    for folder in model_folders():
+        config = read_config(folder)
+        model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        images = torch.randn(batch_size, *config["pretrained_cfg"]["input_size"])
+        put = dict(device=device, memory_format=torch.channels_last)
+        networks[config["architecture"]] = model.to(**put), images.to(**put)
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    with torch.inference_mode():
+        for _ in range(repeats + 2):
+            for name, (model, images) in networks.items():
+                start = time.perf_counter()
+                model(images)
+                synchronize()
+                times.setdefault(name, []).append(time.perf_counter() - start)
+    return {name: batch_size / statistics.median(seconds[2:]) for name, seconds in times.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--batch-size", type=int, default=128)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {args.threads} threads"
+    path, others = ZOO / "speed.csv", []
+    if path.exists():
+        with open(path, newline="") as file:
+            others = [row for row in csv.DictReader(file) if row["device"] != name]
+    about = dict(device=name, batch_size=args.batch_size, torch=torch.__version__, date=str(date.today()))
+    rows = [
+        dict(architecture=architecture, images_per_second=f"{speed:.0f}", **about)
+        for architecture, speed in sorted(measure(device, args.repeats, args.batch_size).items())
+    ]
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(sorted((*others, *rows), key=lambda row: (row["architecture"], row["device"])))
+    for row in rows:
+        print(f"{row['architecture']:32} {row['images_per_second']:>8} images/s on {name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,327 @@
+"""Publishing to a loopback Hub with the real client, and loading from it what was published."""
+
+import io
+import json
+import os
+import re
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import timm
+from conftest import randomize
+from hub_client import SETTINGS, client
+from hub_server import Fault, Hub, Repo
+
+from timm_iebn.model_folder import FILES
+from timm_iebn.zoo import WEIGHTS, model_folders
+
+SCRIPT = str(Path(__file__).parents[1] / "scripts" / "publish.py")
+FOLDER = next(folder for folder in model_folders() if "_iebn" in folder.name)
+NAME = f"lab/{FOLDER.name}"
+TOKEN, READER = "hf_planted_writer", "hf_planted_reader"
+
+
+# --- run by the client's process
+
+
+class Result(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+def run_script(*args, **env):
+    """scripts/publish.py with these arguments, and what it prints."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", [SCRIPT, *args])
+        for name, value in env.items():
+            patch.setenv(name, value)
+        with pytest.raises(SystemExit) as exit:
+            runpy.run_path(SCRIPT, run_name="__main__")
+    return Result(exit.value.code, out.getvalue(), err.getvalue())
+
+
+def state(name, token=TOKEN, **kwargs):
+    """The weights of a network that somebody loads, or the error."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_TOKEN", token)
+        try:
+            model = timm.create_model(name, pretrained=True, **kwargs)
+        except OSError as e:
+            return str(e)
+    return {key: t.numpy().tobytes() for key, t in model.state_dict().items()}
+
+
+def push(name, repo, **kwargs):
+    """timm's own publishing of a network with random gates; returns its weights."""
+    model = randomize(timm.create_model(name))
+    timm.models.push_to_hf_hub(model, repo, **kwargs)
+    return {key: t.numpy().tobytes() for key, t in model.state_dict().items()}
+
+
+# --- Hub, client, files
+
+
+@pytest.fixture(scope="module")
+def server():
+    with Hub({TOKEN: {"lab"}, READER: set()}) as hub:
+        yield hub
+
+
+@pytest.fixture
+def hub(server):
+    """The Hub of the module, empty."""
+    for everything in (server.repos, server.blobs, server.faults, server.requests):
+        everything.clear()
+    return server
+
+
+@pytest.fixture(scope="module")
+def call(server, tmp_path_factory):
+    home = tmp_path_factory.mktemp("home")
+    with client(home, server.url, TOKEN, TIMM_IEBN_NAMESPACE="lab", COLUMNS="200") as call:
+        yield call
+
+
+@pytest.fixture
+def publish(call):
+    """A function that runs the script on a folder, and checks that it prints no token and no traceback."""
+
+    def run(*args, folder=FOLDER, **env):
+        result = call(run_script, str(folder), *args, **env)
+        assert "planted" not in result.out + result.err and "Traceback" not in result.err, result
+        return result
+
+    return run
+
+
+def succeeded(result):
+    assert result.status == 0, result
+    return result.out
+
+
+def refused(result, *reasons):
+    assert result.status == 2, result
+    lines = [line for line in result.err.splitlines() if line.startswith("publish.py: ")]
+    assert len(lines) == 1 and all(reason in lines[0] for reason in reasons), result.err
+
+
+def whole(hub):
+    """Whether what is online is the folder, all of it and nothing else."""
+    files = {path: data for path, data in hub.repos[NAME].files.items() if path != ".gitattributes"}
+    return files.keys() == set(FILES) and all(files[n] == (FOLDER / n).read_bytes() for n in set(FILES) - {"README.md"})
+
+
+def copy(tmp_path):
+    folder = tmp_path / FOLDER.name
+    shutil.copytree(FOLDER, folder)
+    return folder
+
+
+def test_a_folder_is_published_in_one_commit_and_the_second_time_changes_nothing(hub, publish, call, tmp_path):
+    succeeded(publish("--tag", "v1"))
+    repo = hub.repos[NAME]
+    assert whole(hub) and len(repo.commits) == 2 and repo.tags == {"v1": repo.commit} and not repo.private
+    card = repo.files["README.md"].decode()
+    assert f"hf-hub:{NAME}" in card and "hf-hub:timm-iebn/" not in card
+    before = len(hub.requests)
+    assert "Unchanged" in succeeded(publish("--tag", "v1"))
+    assert len(repo.commits) == 2 and repo.tags == {"v1": repo.commit}
+    assert not [request for request in hub.requests[before:] if request.method == "PUT" or "/commit/" in request.path]
+    expected = call(state, f"local-dir:{FOLDER}")
+    for name in (f"hf-hub:{NAME}", f"hf-hub:{NAME}@v1", f"hf-hub:{NAME}@{repo.commit}"):
+        assert call(state, name, cache_dir=tmp_path) == expected, name
+    from_hub = dict(pretrained_cfg_overlay=dict(file=None))  # as where the package came without the weights
+    before = hub.count("GET", NAME)
+    assert call(state, FOLDER.name, cache_dir=tmp_path / "fresh", **from_hub) == expected
+    assert hub.count("GET", NAME) == before + 1
+
+
+def test_timms_own_publishing_keeps_the_gates(hub, call, tmp_path):
+    pushed = call(push, "resnet20_cifar_iebn", "lab/pushed", safe_serialization=True)
+    assert set(hub.repos["lab/pushed"].files) >= {"config.json", WEIGHTS} and "gate" in str(pushed.keys())
+    assert call(state, "hf-hub:lab/pushed", cache_dir=tmp_path) == pushed
+
+
+def test_a_dry_run_shows_what_would_change_and_changes_nothing(hub, publish):
+    out = succeeded(publish("--dry-run", HF_TOKEN=""))
+    assert NAME in out and WEIGHTS in out and not hub.repos
+    hub.repos[NAME] = Repo(
+        {"notes.txt": b"old", "log.csv": b"old", "recipe.yaml": (FOLDER / "recipe.yaml").read_bytes()}
+    )
+    before = hub.repos[NAME].commit
+    out = succeeded(publish("--dry-run"))
+    assert re.search(r"notes\.txt", out) and hub.repos[NAME].commit == before
+    assert not [request for request in hub.requests if request.method != "GET" and request.method != "HEAD"]
+
+
+def test_what_does_not_belong_online_goes_and_what_is_new_comes(hub, publish):
+    hub.repos[NAME] = Repo({"notes.txt": b"old", "log.csv": b"old", ".gitattributes": b""})
+    succeeded(publish())
+    assert whole(hub) and len(hub.repos[NAME].commits) == 2
+
+
+def test_a_private_repository_is_seen_by_its_owner_alone(hub, publish, call, tmp_path):
+    succeeded(publish("--private"))
+    assert hub.repos[NAME].private
+    assert call(state, f"hf-hub:{NAME}", cache_dir=tmp_path / "mine") == call(state, f"local-dir:{FOLDER}")
+    assert "404" in call(state, f"hf-hub:{NAME}", token=READER, cache_dir=tmp_path / "theirs")
+
+
+def test_a_tag_does_not_move(hub, publish, tmp_path):
+    succeeded(publish("--tag", "v1"))
+    old = hub.repos[NAME].commit
+    folder = copy(tmp_path)
+    (folder / "environment.txt").write_text("another machine\n")
+    refused(publish("--tag", "v1", folder=folder), "the tag v1 stands at", old[:8], "another tag")
+    assert hub.repos[NAME].commit == old
+    succeeded(publish("--tag", "v2", folder=folder))
+    assert hub.repos[NAME].tags == {"v1": old, "v2": hub.repos[NAME].commit} and hub.repos[NAME].commit != old
+
+
+@pytest.mark.parametrize(
+    ("args", "env", "reasons"),
+    [
+        ([], dict(HF_TOKEN="hf_planted_nobody"), ["does not accept this token", "hf auth login"]),
+        ([], dict(HF_TOKEN=""), ["no token", "hf auth login", "HF_TOKEN"]),
+        ([], dict(HF_TOKEN=READER), ["may not write to lab", "--namespace"]),
+        (["--namespace", "elsewhere"], {}, ["may not write to elsewhere"]),
+    ],
+)
+def test_who_may_not_is_told_so(hub, publish, args, env, reasons):
+    refused(publish(*args, **env), *reasons)
+    assert not hub.repos
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("PUT /lfs/", "503", 2),
+        Fault("PUT /lfs/", "hang up", 2),
+        Fault("PUT /lfs/", "no answer", 1),
+        Fault("POST .*/preupload/", "503", 1),
+        Fault("GET .*/resolve/.*safetensors", "cut", 1),
+        Fault("HEAD .*/resolve/", "503", 2),
+        Fault("POST .*/lfs/objects/batch", "slow", 1),
+    ],
+    ids=lambda fault: f"{fault.pattern} {fault.kind}",
+)
+def test_a_short_trouble_goes_unnoticed(hub, publish, fault):
+    hub.faults.append(fault)
+    succeeded(publish("--tag", "v1"))
+    assert fault.times == 0 and whole(hub) and len(hub.repos[NAME].commits) == 2
+
+
+@pytest.mark.parametrize("kind", ["503", "hang up", "no answer"])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "GET /api/whoami-v2",
+        "POST /api/repos/create",
+        "POST /api/validate-yaml",
+        "POST .*/preupload/",
+        "POST .*/lfs/objects/batch",
+        "PUT /lfs/",
+        "POST .*/verify",
+        "POST .*/commit/",
+        "HEAD .*/resolve/",
+        "POST .*/tag/",
+    ],
+)
+def test_an_interruption_leaves_nothing_half_done_and_a_second_run_goes_on(hub, publish, pattern, kind):
+    hub.faults.append(Fault(pattern, kind))
+    refused(publish("--tag", "v1"))
+    assert hub.faults.pop().times < 1_000_000
+    if NAME in hub.repos:
+        assert whole(hub) or set(hub.repos[NAME].files) == {".gitattributes"}
+        assert not hub.repos[NAME].tags or whole(hub)
+    succeeded(publish("--tag", "v1"))
+    assert whole(hub) and len(hub.repos[NAME].commits) == 2 and hub.repos[NAME].tags == {"v1": hub.repos[NAME].commit}
+
+
+def test_what_comes_back_changed_is_noticed_and_gets_no_tag(hub, publish):
+    hub.faults.append(Fault("GET .*/resolve/.*safetensors", "corrupt", 1))
+    refused(publish("--tag", "v1"), "came back changed", WEIGHTS)
+    assert not hub.repos[NAME].tags
+    succeeded(publish("--tag", "v1"))
+    assert hub.repos[NAME].tags
+
+
+def test_somebody_elses_commit_meanwhile_is_not_overwritten(hub, publish):
+    hub.faults.append(Fault("POST .*/commit/", "412", 1))
+    refused(publish(), "has changed meanwhile", "run again")
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_run_leaves_nothing_half_done(hub, publish, tmp_path, how):
+    hub.faults.append(Fault("PUT /lfs/", "slow"))
+    env = os.environ | SETTINGS | dict(HF_HOME=str(tmp_path), HF_ENDPOINT=hub.url, HF_TOKEN=TOKEN)
+    command = [sys.executable, SCRIPT, FOLDER, "--namespace", "lab"]
+    process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 100
+    while not hub.blobs and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(how)
+    _, printed = process.communicate(timeout=100)
+    assert hub.blobs and set(hub.repos[NAME].files) == {".gitattributes"}
+    assert how == signal.SIGKILL or (process.returncode == 130 and "Traceback" not in printed), printed
+    hub.faults.clear()
+    succeeded(publish())
+    assert whole(hub) and len(hub.repos[NAME].commits) == 2
+
+
+def _flip(folder):
+    data = bytearray((folder / WEIGHTS).read_bytes())
+    data[-1] ^= 1
+    (folder / WEIGHTS).write_bytes(data)
+
+
+def _edit(name, old, new):
+    def edit(folder):
+        text = (folder / name).read_text()
+        assert old in text
+        (folder / name).write_text(text.replace(old, new))
+
+    return edit
+
+
+def _claim(key, value):
+    def edit(folder):
+        config = json.loads((folder / "config.json").read_text())
+        config["training"][key] = value
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (_flip, "model.safetensors is not what config.json says"),
+        (lambda f: (f / "weights.pth").write_bytes(b""), "weights.pth does not belong there"),
+        (lambda f: (f / "recipe.yaml").unlink(), "recipe.yaml missing"),
+        (lambda f: (f / "log.csv").write_text("epoch\n"), "can't be read"),
+        (lambda f: (f / "config.json").write_text("{"), "can't be read"),
+        (_claim("test_top1", 99.0), "test_top1 is .* in log.csv, 99.0 in config.json"),
+        (_claim("epochs", 164), "differ in epochs"),
+        (_edit("README.md", "library_name: timm", "library_name: other"), "library_name"),
+        (_edit("README.md", "value: ", "value: 1"), "other figures than config.json"),
+        (shutil.rmtree, "no such folder"),
+    ],
+)
+def test_a_folder_that_is_not_whole_is_refused_before_anything_is_sent(hub, publish, tmp_path, damage, reason):
+    folder = copy(tmp_path)
+    damage(folder)
+    result = publish(folder=folder)
+    refused(result, str(folder))
+    assert re.search(reason, result.err), result.err
+    assert not hub.requests

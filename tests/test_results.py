@@ -1,0 +1,99 @@
+"""What is written about the zoo, and the script that trains all of it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from timm_iebn.model_folder import read_log
+from timm_iebn.recipe import Recipe, load_recipe
+from timm_iebn.results import plot_results, results_table, short_table
+from timm_iebn.zoo import model_folders, read_config
+
+ROOT = Path(__file__).parents[1]
+
+
+def add_run(zoo, name, top1, architecture=None, **recipe):
+    recipe = Recipe(**dict(model="resnet164_cifar", data="hfds/uoft-cs/cifar100") | recipe)
+    folder = zoo / name
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text(recipe.to_yaml())
+    training = dict(test_top1=top1, epochs=recipe.epochs, seed=recipe.seed, pretrained=recipe.pretrained)
+    config = dict(architecture=architecture or recipe.model, parameters=1_727_284, macs=247_000_000, training=training)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def cells(table):
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+
+
+def test_runs_that_differ_in_norm_and_seed_are_compared(tmp_path):
+    add_run(tmp_path, "a", 70.0)
+    add_run(tmp_path, "b", 72.0, seed=1)
+    add_run(tmp_path, "c", 75.0, model="resnet164_cifar_iebn")
+    add_run(tmp_path, "d", 60.0, lr=0.2)
+    (tmp_path / "speed.csv").write_text("architecture,device,images_per_second\nresnet164_cifar,CPU,61.6\n")
+    (bn, iebn, other) = cells(results_table(tmp_path))
+    assert bn[:4] == ["resnet164_cifar", "cifar100", "164", "batch norm"]
+    assert bn[4:9] == ["1.727 M", "247 M", "62 (CPU)", "71.00 ± 1.41 (2 seeds)", "74.29"]
+    assert iebn[3] == "IEBN" and iebn[6:9] == ["-", "75.00 (one seed)", "77.09"]
+    assert other[7] == "60.00 (one seed)"
+    assert bn[9] == "[seed 0](a) [seed 1](b)" and iebn[9] == "[seed 0](c)"
+    ((name, data, epochs, *both),) = cells(short_table(tmp_path))
+    assert both == ["71.00 ± 1.41 (2 seeds)", "75.00 (one seed)"]
+
+
+def test_a_network_stands_on_the_side_of_its_norm(tmp_path):
+    tuned = dict(pretrained=True, data="digits", architecture="resnet20_cifar_iebn")
+    add_run(tmp_path, "a", 98.0, model="local-dir:somewhere", **tuned)
+    add_run(tmp_path, "b", 50.0, model="resnet50", model_args=dict(norm_layer="iebn"))
+    (tuned, own) = cells(results_table(tmp_path))
+    assert tuned[0] == "resnet20_cifar, fine-tuned" and tuned[3] == "IEBN" and tuned[7:9] == ["98.00 (one seed)", "-"]
+    assert own[0] == "resnet50" and own[3] == "IEBN" and own[7] == "50.00 (one seed)"
+
+
+def test_a_copy_is_no_second_seed(tmp_path):
+    add_run(tmp_path, "a", 70.0)
+    add_run(tmp_path, "b", 70.0)
+    with pytest.raises(ValueError, match="b is the same run as a"):
+        results_table(tmp_path)
+
+
+def test_the_plot_shows_both_norms(tmp_path):
+    add_run(tmp_path, "a", 70.0)
+    add_run(tmp_path, "c", 75.0, model="resnet164_cifar_iebn")
+    plot_results(tmp_path, tmp_path / "results.png")
+    assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_written_about_the_zoo_agrees_with_its_folders():
+    script = [sys.executable, ROOT / "scripts" / "update_zoo.py", "--check"]
+    result = subprocess.run(script, capture_output=True, text=True, timeout=100)
+    assert result.returncode == 0, result.stdout + result.stderr
+    for folder in model_folders():
+        training, recipe = read_config(folder)["training"], load_recipe(folder / "recipe.yaml")
+        row = read_log(folder / "log.csv")[-1]
+        assert row["epoch"] == recipe.epochs
+        for key in ("data", "epochs", "seed", "pretrained"):
+            assert training[key] == getattr(recipe, key)
+        for key in ("test_loss", "test_top1", "test_top5"):
+            assert training[key] == pytest.approx(row[key], abs=6e-4)
+
+
+def test_one_command_starts_or_continues_the_whole_list(tmp_path):
+    python = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | dict(PATH=python, MODELS="resnet20_cifar", SEEDS="0 1", OUTPUT=str(tmp_path), JOBS="2")
+    environment |= dict(OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true")
+    command = [ROOT / "scripts" / "reproduce.sh", "data=digits", "data_config={}", "epochs=1"]
+    command += ["milestones=[]"]
+    for _ in range(2):
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+        assert result.returncode == 0, result.stdout + result.stderr
+    for model in ("resnet20_cifar", "resnet20_cifar_iebn"):
+        for seed in (0, 1):
+            assert (tmp_path / f"{model}.digits_1epochs_seed{seed}" / "model.safetensors").exists()
+            said = (tmp_path / f"{model}-seed{seed}.log").read_text()
+            assert said.count("epoch   1/1") == 1 and said.count("on the test split") == 2, said
