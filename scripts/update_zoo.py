@@ -1,4 +1,5 @@
-"""Brings what is written about the zoo in line with its model folders: all cards, zoo/README.md, README.md, the plot.
+"""Brings what is written about the zoo in line with its model folders: all cards, zoo/README.md, README.md,
+the plot.
 
 To add a trained network, copy the trainer's output folder to zoo/ and run this.
 
@@ -11,7 +12,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from timm_iebn.card import make_card
+import timm
+
+from timm_iebn.card import make_card, make_warm_start_card
+from timm_iebn.models._registry import WARM_START
 from timm_iebn.results import compare, plot_results, results_table, short_table
 
 ROOT = Path(__file__).parents[1]
@@ -26,6 +30,12 @@ were trained by one recipe. Images per second are those of inference, measured b
 ![Accuracy against cost](results.png)
 
 """
+WARM_STARTS = """
+## Warm starts
+
+The ImageNet networks have no weights of their own yet: they start from timm's batch-norm weights, as their cards say.
+
+"""
 BEGIN, END = "<!-- zoo: written by scripts/update_zoo.py -->\n", "<!-- end of zoo -->\n"
 
 
@@ -35,9 +45,12 @@ def texts(root: Path) -> dict[Path, str]:
     readme = (root / "README.md").read_text()
     before, _, rest = readme.partition(BEGIN)
     _, _, after = rest.partition(END)
-    found = {
+    networks = dict.fromkeys(name.split(".")[0] for name in timm.list_pretrained(f"*_iebn.{WARM_START}*"))
+    links = "\n".join(f"- [{name}](warm_starts/{name}.md)" for name in networks)
+    found = {zoo / "warm_starts" / f"{name}.md": str(make_warm_start_card(name)) for name in networks}
+    found |= {
         root / "README.md": before + BEGIN + short_table(zoo) + END + after,
-        zoo / "README.md": ZOO_README + results_table(zoo),
+        zoo / "README.md": ZOO_README + results_table(zoo) + WARM_STARTS + links + "\n",
     }
     for comparison in compare(path.parent for path in sorted(zoo.glob("*/recipe.yaml"))):
         for folder in (*comparison.sides[0].values(), *comparison.sides[1].values()):

@@ -1,5 +1,6 @@
 import os
 import random
+import re
 
 import pytest
 import torch
@@ -50,3 +51,8 @@ def randomize(module: torch.nn.Module) -> torch.nn.Module:
                     elif tensor.is_floating_point():
                         tensor.normal_(std=0.5)
     return module
+
+
+def blocks(text, language):
+    """The code of a Markdown text in that language."""
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)

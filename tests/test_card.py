@@ -1,22 +1,20 @@
 """The cards: what they say to the Hub, and that their code runs."""
 
-import re
+import csv
 
 import pytest
 import timm
+from conftest import blocks
 from huggingface_hub import ModelCard
 from PIL import Image
+from timm.models import get_pretrained_cfg
 
-from timm_iebn.card import make_card
+from timm_iebn.card import REPORTED, make_card, make_warm_start_card
 from timm_iebn.recipe import load_recipe
 from timm_iebn.results import compare
 from timm_iebn.zoo import model_folders, read_config
 
 FOLDERS = model_folders()
-
-
-def blocks(text, language):
-    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
@@ -52,3 +50,17 @@ def test_a_card_of_several_runs_shows_their_spread_and_one_of_one_run_its_limits
     own.sides[0][9] = own.sides[1][9] = folder  # the same run again, for the form of the text
     assert "± 0.00 (2 seeds)" in make_card(folder, own).text
     assert "luck of the seed" in make_card(folder).text
+
+
+def test_the_figures_reported_of_warm_starts_belong_to_their_sources():
+    sources = {
+        cfg.hf_hub_id for name in timm.list_pretrained("*_iebn.warmstart_*") for cfg in [get_pretrained_cfg(name)]
+    }
+    with open(REPORTED, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len({row["source"] for row in rows}) and {f"timm/{row['source']}" for row in rows} < sources
+    card = make_warm_start_card("resnet50_iebn").content
+    for row in rows:
+        assert 50 < float(row["top1"]) < float(row["top5"]) < 100
+        cells = f"| {row['top1']} | {row['top5']} | {row['img_size']} |"
+        assert not row["source"].startswith("resnet50.") or cells in card

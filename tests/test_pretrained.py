@@ -4,6 +4,7 @@ The client reads its environment when it is imported, so what needs a Hub runs i
 `offline` and `unreachable` are functions that run a function there.
 """
 
+import os
 import re
 import socket
 import traceback
@@ -11,13 +12,14 @@ import traceback
 import pytest
 import timm
 import torch
-from conftest import randomize
+from conftest import blocks, randomize
 from hub_client import client
 from hub_server import Fault, Hub, Repo
 from safetensors.torch import load, save, save_file
 from timm.models._hub import save_config_for_hf
 
 from timm_iebn import IEBN2d
+from timm_iebn.card import make_warm_start_card
 
 TOKEN = "hf_do_not_print_this"
 WEIGHTS = "model.safetensors"
@@ -53,6 +55,11 @@ def failure(name, **kwargs):
     except Exception as e:
         return type(e), str(e), "".join(traceback.format_exception(e))
     raise AssertionError(f"{name} was created")
+
+
+def execute(code, folder):
+    os.chdir(folder)
+    exec(code, {})
 
 
 # --- Hub, clients, files
@@ -203,6 +210,13 @@ def test_a_published_network_keeps_its_gates(hub, online, folder, tmp_path):
     loaded = online(state, "hf-hub:lab/trained")
     assert loaded.keys() == model.state_dict().keys()
     assert all((loaded[key] == t.numpy()).all() for key, t in model.state_dict().items())
+
+
+def test_the_code_of_a_warm_starts_card_runs(online, tmp_path):
+    (code,) = blocks(make_warm_start_card("mobilenetv3_small_100_iebn").content, "python")
+    online(execute, code, tmp_path)
+    expected = online(outputs, "mobilenetv3_small_100_iebn")[0]
+    assert (online(outputs, f"local-dir:{tmp_path}/mobilenetv3_small_100_iebn")[0] == expected).all()
 
 
 # --- errors of the Hub

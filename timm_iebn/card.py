@@ -1,14 +1,22 @@
-"""The README.md of a model folder, which is its card on the Hub."""
+"""The cards: the README.md of a model folder, and what there is to say about a warm start."""
 
+import csv
 from pathlib import Path
 
+import timm
+import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from timm.models import get_arch_pretrained_cfgs
 
+from .convert import GATES
+from .models._registry import WARM_START
 from .recipe import load_recipe
 from .results import NORMS, Comparison, compare, count
-from .zoo import NAMESPACE, hub_id, read_config
+from .zoo import NAMESPACE, ZOO, hub_id, read_config
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
+WARM_START_TEMPLATE = Path(__file__).with_name("warm_start_template.md")
+REPORTED = ZOO / "warm_starts" / "reported.csv"  # by timm; in a checkout alone
 
 _IEBN = (
     "Instance Enhancement Batch Normalization ([arXiv 1908.04008](https://arxiv.org/abs/1908.04008)) is batch norm "
@@ -19,6 +27,14 @@ _BATCH_NORM = (
     "The batch-norm twin of `{model}_iebn`, trained by the same recipe to compare "
     "[IEBN](https://arxiv.org/abs/1908.04008) with."
 )
+
+_CITATION = """\
+@article{liang2019iebn,
+  title     = {Instance Enhancement Batch Normalization: an Adaptive Regulator of Batch Noise},
+  author    = {Liang, Senwei and Huang, Zhongzhan and Liang, Mingfu and Yang, Haizhao},
+  journal   = {arXiv preprint arXiv:1908.04008},
+  year      = {2019}
+}"""
 
 
 def make_card(folder: Path, comparison: Comparison | None = None, source: str = "") -> ModelCard:
@@ -93,9 +109,54 @@ def make_card(folder: Path, comparison: Comparison | None = None, source: str = 
         data=f"[{data}](https://huggingface.co/datasets/{data})" if on_hub else f"`{data}`",
         pretrained=recipe.pretrained,
         start=recipe.model,
+        citation=_CITATION,
     )
 
 
 def write_card(folder: Path, comparison: Comparison | None = None) -> None:
     """Writes `make_card` to the README.md of `folder`."""
     (folder / "README.md").write_text(str(make_card(folder, comparison)))
+
+
+def make_warm_start_card(model: str) -> ModelCard:
+    """The card of an ImageNet network without weights of its own: what it starts from, and what timm reports of that.
+
+    Args:
+        model: such as 'resnet50_iebn'.
+    """
+    with open(REPORTED, newline="") as file:
+        reported = {f"timm/{row['source']}": row for row in csv.DictReader(file)}
+    cfgs = [cfg for cfg in get_arch_pretrained_cfgs(model).values() if cfg.tag.startswith(WARM_START)]
+    with torch.device("meta"):
+        sizes = {name: p.numel() for name, p in timm.create_model(model).named_parameters()}
+    rows = [
+        dict(
+            tag=cfg.tag,
+            source=cfg.hf_hub_id,
+            license=cfg.license or "-",
+            top1=found.get("top1", "-"),
+            top5=found.get("top5", "-"),
+            size=found.get("img_size", "-"),
+        )
+        for cfg in cfgs
+        for found in [reported.get(cfg.hf_hub_id, {})]
+    ]
+    card_data = ModelCardData(
+        library_name="timm",
+        license=cfgs[0].license,
+        tags=["image-classification", "timm", "timm-iebn"],
+        pipeline_tag="image-classification",
+        base_model=cfgs[0].hf_hub_id,
+    )
+    return ModelCard.from_template(
+        card_data,
+        template_path=str(WARM_START_TEMPLATE),
+        model=model,
+        about=_IEBN,
+        twin=model.removesuffix("_iebn"),
+        base=cfgs[0].hf_hub_id,
+        parameters=count(sum(sizes.values())),
+        gates=count(sum(size for name, size in sizes.items() if name.endswith(GATES))),
+        rows=rows,
+        citation=_CITATION,
+    )

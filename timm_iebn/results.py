@@ -75,7 +75,7 @@ def compare(folders: Iterable[Path]) -> list[Comparison]:
 
 
 def count(number: int) -> str:
-    """278324 as 0.28 M."""
+    """278324 as 0.2783 M."""
     return f"{number / 1e6:.4g} M" if number >= 1e5 else str(number)
 
 
