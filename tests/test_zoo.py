@@ -32,6 +32,7 @@ def test_the_zoo_is_registered_and_listed():
         cfg = get_pretrained_cfg(folder.name)
         assert cfg.file == str(folder / WEIGHTS) and cfg.hf_hub_id == f"timm-iebn/{folder.name}" == hub_id(folder)
         assert folder.name in timm.list_pretrained()
+        assert (folder / WEIGHTS).stat().st_size < 8_000_000  # what may be in git
         (model,) = list_zoo(folder.name)
         network = timm.create_model(folder.name, pretrained=True)
         assert network.num_classes == cfg.num_classes and len(network.pretrained_cfg["label_names"]) == cfg.num_classes
