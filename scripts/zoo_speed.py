@@ -48,7 +48,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {args.threads} threads"
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {args.threads} threads, {torch.backends.cpu.get_cpu_capability()}"
     path, others = ZOO / "speed.csv", []
     if path.exists():
         with open(path, newline="") as file:

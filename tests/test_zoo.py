@@ -60,6 +60,15 @@ def test_the_default_is_the_longest_training_then_the_lowest_seed(tmp_path):
     assert [folder.name for folder in model_folders(tmp_path)] == ["d", "b", "a", "c"]
 
 
+@pytest.mark.parametrize("config", ["{", "[]", "{}", '{"training": {"epochs": 1}}'])
+def test_a_folder_of_others_is_left_out_with_a_warning(copied_zoo, config):
+    other = copied_zoo.parent / "other.tag"
+    other.mkdir()
+    (other / "config.json").write_text(config)
+    with pytest.warns(UserWarning, match="other.tag/config.json is none of this trainer's"):
+        assert model_folders(copied_zoo.parent) == [copied_zoo]
+
+
 @pytest.fixture
 def copied_zoo(tmp_path, monkeypatch):
     """A zoo of one network, whose files a test may change."""

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,11 +42,16 @@ def model_folders(zoo: Path = ZOO) -> list[Path]:
     scratch, the lowest seed; never the best result, which would be a choice by the test split.
     """
 
-    def rank(folder: Path) -> tuple:
-        training = read_config(folder)["training"]
-        return training["pretrained"], -training["epochs"], training["seed"], folder.name
-
-    return sorted((path.parent for path in zoo.glob("*/config.json")), key=rank)
+    ranks = {}
+    for path in zoo.glob("*/config.json"):
+        try:
+            training = read_config(path.parent)["training"]
+            rank = training["pretrained"], -training["epochs"], training["seed"], path.parent.name
+        except (ValueError, KeyError, TypeError) as e:
+            warnings.warn(f"{path} is none of this trainer's and left out ({type(e).__name__}: {e})", stacklevel=2)
+        else:
+            ranks[path.parent] = rank
+    return sorted(ranks, key=ranks.get)
 
 
 def zoo_cfgs(architecture: str, base: dict[str, Any]) -> dict[str, dict[str, Any]]:
