@@ -17,6 +17,7 @@ import timm
 from timm_iebn.card import make_card, make_warm_start_card
 from timm_iebn.models._registry import WARM_START
 from timm_iebn.results import compare, plot_results, results_table, short_table
+from timm_iebn.zoo import model_folders, read_config
 
 ROOT = Path(__file__).parents[1]
 ZOO_README = """\
@@ -42,10 +43,14 @@ BEGIN, END = "<!-- zoo: written by scripts/update_zoo.py -->\n", "<!-- end of zo
 def texts(root: Path) -> dict[Path, str]:
     """What each generated file should say."""
     zoo = root / "zoo"
-    readme = (root / "README.md").read_text()
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
+        sys.exit(f"README.md must hold each of {BEGIN.strip()} and {END.strip()} once: the table goes between them")
     before, _, rest = readme.partition(BEGIN)
     _, _, after = rest.partition(END)
+    trained = {read_config(folder)["architecture"] for folder in model_folders(zoo)}
     networks = dict.fromkeys(name.split(".")[0] for name in timm.list_pretrained(f"*_iebn.{WARM_START}*"))
+    networks = [name for name in networks if name not in trained]
     links = "\n".join(f"- [{name}](warm_starts/{name}.md)" for name in networks)
     found = {zoo / "warm_starts" / f"{name}.md": str(make_warm_start_card(name)) for name in networks}
     found |= {
@@ -62,11 +67,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     is_check = parser.parse_args().check
-    stale = {path: text for path, text in texts(ROOT).items() if not path.exists() or path.read_text() != text}
+    wanted = texts(ROOT)
+    if orphans := set((ROOT / "zoo" / "warm_starts").glob("*.md")) - wanted.keys():
+        sys.exit(f"{', '.join(str(path.relative_to(ROOT)) for path in orphans)}: no such network; remove it")
+    stale = {
+        path: text for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text
+    }
     for path, text in stale.items():
         print(f"{path.relative_to(ROOT)} {'is out of line' if is_check else 'written'}")
         if not is_check:
-            path.write_text(text)
+            path.write_text(text, encoding="utf-8")
     if not is_check:
         plot_results(ROOT / "zoo", ROOT / "zoo" / "results.png")
     return int(is_check and bool(stale))

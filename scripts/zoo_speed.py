@@ -15,7 +15,7 @@ from datetime import date
 import timm
 import torch
 
-from timm_iebn.zoo import ZOO, model_folders, read_config
+from timm_iebn.zoo import WEIGHTS, ZOO, model_folders, read_config
 
 FIELDS = ("architecture", "device", "batch_size", "images_per_second", "torch", "date")
 
@@ -24,6 +24,8 @@ def measure(device: torch.device, repeats: int, batch_size: int) -> dict[str, fl
     """Images per second of each architecture in the zoo."""
     networks, times = {}, {}
     for folder in model_folders():
+        if not (folder / WEIGHTS).exists():
+            continue
         config = read_config(folder)
         model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
         images = torch.randn(batch_size, *config["pretrained_cfg"]["input_size"])
@@ -48,7 +50,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {args.threads} threads, {torch.backends.cpu.get_cpu_capability()}"
+    cpu = f"CPU, {args.threads} threads, {torch.backends.cpu.get_cpu_capability()}"
+    name = torch.cuda.get_device_name() if device.type == "cuda" else cpu
     path, others = ZOO / "speed.csv", []
     if path.exists():
         with open(path, newline="") as file:

@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import safetensors.torch
 import timm
 from conftest import randomize
 from hub_client import SETTINGS, client
 from hub_server import Fault, Hub, Repo
+from training import SHORT, run
 
 from timm_iebn.model_folder import FILES
-from timm_iebn.zoo import WEIGHTS, model_folders
+from timm_iebn.zoo import WEIGHTS, model_folders, sha256
 
 SCRIPT = str(Path(__file__).parents[1] / "scripts" / "publish.py")
 FOLDER = next(folder for folder in model_folders() if "_iebn" in folder.name)
@@ -113,6 +115,7 @@ def refused(result, *reasons):
     assert result.status == 2, result
     lines = [line for line in result.err.splitlines() if line.startswith("publish.py: ")]
     assert len(lines) == 1 and all(reason in lines[0] for reason in reasons), result.err
+    assert result.err.splitlines()[-1] == lines[0], result.err
 
 
 def whole(hub):
@@ -134,7 +137,7 @@ def test_a_folder_is_published_in_one_commit_and_the_second_time_changes_nothing
     card = repo.files["README.md"].decode()
     assert f"hf-hub:{NAME}" in card and "hf-hub:timm-iebn/" not in card
     before = len(hub.requests)
-    assert "Unchanged" in succeeded(publish("--tag", "v1"))
+    assert f"{len(FILES)} unchanged" in succeeded(publish("--tag", "v1"))
     assert len(repo.commits) == 2 and repo.tags == {"v1": repo.commit}
     assert not [request for request in hub.requests[before:] if request.method == "PUT" or "/commit/" in request.path]
     expected = call(state, f"local-dir:{FOLDER}")
@@ -154,19 +157,23 @@ def test_timms_own_publishing_keeps_the_gates(hub, call, tmp_path):
 
 def test_a_dry_run_shows_what_would_change_and_changes_nothing(hub, publish):
     out = succeeded(publish("--dry-run", HF_TOKEN=""))
-    assert NAME in out and WEIGHTS in out and not hub.repos
+    assert NAME in out and f"+ {WEIGHTS}\n" in out and not hub.repos
     hub.repos[NAME] = Repo(
         {"notes.txt": b"old", "log.csv": b"old", "recipe.yaml": (FOLDER / "recipe.yaml").read_bytes()}
     )
     before = hub.repos[NAME].commit
     out = succeeded(publish("--dry-run"))
-    assert re.search(r"notes\.txt", out) and hub.repos[NAME].commit == before
+    assert re.search(r"^- notes\.txt$", out, re.M) and re.search(r"^= recipe\.yaml$", out, re.M)
+    assert re.search(r"^~ log\.csv\n--- online\n\+\+\+ here\n@@.*\n-old\n\+epoch,", out, re.M)
+    assert hub.repos[NAME].commit == before
     assert not [request for request in hub.requests if request.method != "GET" and request.method != "HEAD"]
 
 
-def test_what_does_not_belong_online_goes_and_what_is_new_comes(hub, publish):
-    hub.repos[NAME] = Repo({"notes.txt": b"old", "log.csv": b"old", ".gitattributes": b""})
-    succeeded(publish())
+def test_what_others_put_online_goes_only_if_asked(hub, publish):
+    hub.repos[NAME] = Repo({"sub/notes.txt": b"old", "log.csv": b"old", ".gitattributes": b""})
+    refused(publish(), "sub/notes.txt", "--delete")
+    assert len(hub.repos[NAME].commits) == 1
+    succeeded(publish("--delete"))
     assert whole(hub) and len(hub.repos[NAME].commits) == 2
 
 
@@ -175,6 +182,12 @@ def test_a_private_repository_is_seen_by_its_owner_alone(hub, publish, call, tmp
     assert hub.repos[NAME].private
     assert call(state, f"hf-hub:{NAME}", cache_dir=tmp_path / "mine") == call(state, f"local-dir:{FOLDER}")
     assert "404" in call(state, f"hf-hub:{NAME}", token=READER, cache_dir=tmp_path / "theirs")
+    assert "private" in succeeded(publish("--dry-run"))
+
+
+def test_a_public_repository_is_not_taken_for_a_private_one(hub, publish):
+    succeeded(publish())
+    refused(publish("--private"), NAME, "public already")
 
 
 def test_a_tag_does_not_move(hub, publish, tmp_path):
@@ -193,8 +206,10 @@ def test_a_tag_does_not_move(hub, publish, tmp_path):
     [
         ([], dict(HF_TOKEN="hf_planted_nobody"), ["does not accept this token", "hf auth login"]),
         ([], dict(HF_TOKEN=""), ["no token", "hf auth login", "HF_TOKEN"]),
-        ([], dict(HF_TOKEN=READER), ["may not write to lab", "--namespace"]),
-        (["--namespace", "elsewhere"], {}, ["may not write to elsewhere"]),
+        ([], dict(HF_TOKEN=READER), ["refuses to write to lab", "You don't have the rights", "--namespace"]),
+        (["--namespace", "elsewhere"], {}, ["refuses to write to elsewhere"]),
+        (["--tag", "main"], {}, ["'main' can't be a tag"]),
+        (["--tag", "a b"], {}, ["'a b' can't be a tag"]),
     ],
 )
 def test_who_may_not_is_told_so(hub, publish, args, env, reasons):
@@ -257,8 +272,44 @@ def test_what_comes_back_changed_is_noticed_and_gets_no_tag(hub, publish):
 
 
 def test_somebody_elses_commit_meanwhile_is_not_overwritten(hub, publish):
-    hub.faults.append(Fault("POST .*/commit/", "412", 1))
+    theirs = {"README.md": b"theirs"}
+    hub.repos[NAME] = Repo({})
+    hub.faults.append(Fault("POST .*/commit/", lambda: hub.repos[NAME].add_commit(theirs), 1))
     refused(publish(), "has changed meanwhile", "run again")
+    assert hub.repos[NAME].files == theirs
+
+
+def test_somebody_elses_repository_meanwhile_is_not_overwritten(hub, publish):
+    theirs = {"README.md": b"theirs"}
+    hub.faults.append(Fault("POST /api/repos/create", lambda: hub.repos.update({NAME: Repo(theirs)}), 1))
+    refused(publish(), "has changed meanwhile", "run again")
+    assert hub.repos[NAME].files == theirs
+
+
+def test_the_tag_is_that_of_our_revision_whatever_others_do_meanwhile(hub, publish):
+    hub.faults.append(Fault("POST .*/tag/", lambda: hub.repos[NAME].add_commit({"README.md": b"theirs"}), 1))
+    succeeded(publish("--tag", "v1"))
+    assert hub.repos[NAME].tags == {"v1": hub.repos[NAME].commits[-2].oid}
+    hub.repos.clear()
+    hub.faults.append(Fault("POST .*/tag/", lambda: hub.repos[NAME].tags.update(v1=hub.repos[NAME].commits[0].oid), 1))
+    refused(publish("--tag", "v1"), "the tag v1", "another tag")
+
+
+def test_two_folders_of_one_name_are_refused(publish, tmp_path):
+    refused(publish(str(copy(tmp_path))), "one name")
+
+
+def test_evaluation_again_finds_another_result(hub, publish, tmp_path):
+    assert run(*SHORT, cwd=tmp_path).returncode == 0
+    (folder,) = (tmp_path / "output").iterdir()
+    assert "test_top1" in succeeded(publish("--evaluate", "--dry-run", folder=folder))
+    weights = safetensors.torch.load_file(folder / WEIGHTS)
+    weights["fc.bias"] = weights["fc.bias"].roll(1)
+    other = tmp_path / folder.name
+    shutil.copytree(folder, other)
+    _save_weights(other, weights)
+    refused(publish("--evaluate", folder=other), "now", "in its config.json")
+    assert not hub.repos
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
@@ -283,6 +334,32 @@ def _flip(folder):
     data = bytearray((folder / WEIGHTS).read_bytes())
     data[-1] ^= 1
     (folder / WEIGHTS).write_bytes(data)
+
+
+def _save_weights(folder, weights):
+    safetensors.torch.save_file(weights, folder / WEIGHTS)
+    config = json.loads((folder / "config.json").read_text())
+    config["weights_sha256"] = sha256(folder / WEIGHTS)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def _put_nan(folder):
+    weights = safetensors.torch.load_file(folder / WEIGHTS)
+    weights["fc.bias"][0] = float("nan")
+    _save_weights(folder, weights)
+
+
+def _link(folder):
+    (folder / "environment.txt").unlink()
+    (folder / "environment.txt").symlink_to(SCRIPT)
+
+
+def _config(**changes):
+    def edit(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({k: v for k, v in (config | changes).items() if v is not None}))
+
+    return edit
 
 
 def _edit(name, old, new):
@@ -316,6 +393,19 @@ def _claim(key, value):
         (_edit("README.md", "library_name: timm", "library_name: other"), "library_name"),
         (_edit("README.md", "value: ", "value: 1"), "other figures than config.json"),
         (shutil.rmtree, "no such folder"),
+        (_put_nan, "fc.bias in model.safetensors not finite"),
+        (_link, "environment.txt is no regular file"),
+        (_config(parameters=1), "config.json has not the network's 279700 parameters"),
+        (_config(parameters=None), "lacks 'parameters'"),
+        (_config(num_classes=99), "as many classes and names"),
+        (_config(architecture="resnet32_cifar_iebn"), "should be named resnet32_cifar_iebn.TAG"),
+        (_config(weights_sha256=None), "lacks 'weights_sha256'"),
+        (lambda f: (f / "curves.png").write_bytes(b"\x80\x04."), "curves.png is no PNG"),
+        (lambda f: (f / "README.md").write_text("---\na: [\n---\n"), "can't be read"),
+        (lambda f: (f / "recipe.yaml").write_text("nothing"), "can't be read"),
+        (_edit("README.md", "hf-hub:timm-iebn", "hf-hub:other"), "does not say how to load it"),
+        (_edit("README.md", "license: apache-2.0\n", ""), "lacks a license"),
+        (_edit("recipe.yaml", "hfds/uoft-cs", "hfds//home/me"), "a place on this machine as its data"),
     ],
 )
 def test_a_folder_that_is_not_whole_is_refused_before_anything_is_sent(hub, publish, tmp_path, damage, reason):

@@ -49,18 +49,21 @@ def test_a_name_and_its_folder_give_the_same_network():
 
 def test_the_default_is_the_longest_training_then_the_lowest_seed(tmp_path):
     def add(name, epochs, seed, pretrained=False):
+        name = f"net.{name}"
         (tmp_path / name).mkdir()
         training = f'"epochs": {epochs}, "seed": {seed}, "pretrained": {str(pretrained).lower()}'
-        (tmp_path / name / "config.json").write_text(f'{{"training": {{{training}}}}}')
+        (tmp_path / name / "config.json").write_text(f'{{"architecture": "net", "training": {{{training}}}}}')
 
     add("a", 60, 1)
     add("b", 164, 2)
     add("c", 200, 0, pretrained=True)
     add("d", 164, 0)
-    assert [folder.name for folder in model_folders(tmp_path)] == ["d", "b", "a", "c"]
+    assert [folder.name for folder in model_folders(tmp_path)] == ["net.d", "net.b", "net.a", "net.c"]
 
 
-@pytest.mark.parametrize("config", ["{", "[]", "{}", '{"training": {"epochs": 1}}'])
+@pytest.mark.parametrize(
+    "config", ["{", "[]", "{}", '{"architecture": "net"}', '{"architecture": "other", "training": 1}']
+)
 def test_a_folder_of_others_is_left_out_with_a_warning(copied_zoo, config):
     other = copied_zoo.parent / "other.tag"
     other.mkdir()

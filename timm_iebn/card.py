@@ -1,6 +1,7 @@
 """The cards: the README.md of a model folder, and what there is to say about a warm start."""
 
 import csv
+import re
 from pathlib import Path
 
 import timm
@@ -49,12 +50,13 @@ def make_card(folder: Path, comparison: Comparison | None = None, source: str = 
     (own,) = compare([folder])
     comparison = comparison or own
     is_iebn = bool(own.sides[1])
-    on_hub = recipe.data.startswith("hfds/")
     data = recipe.data.removeprefix("hfds/")
+    on_hub = recipe.data.startswith("hfds/") and bool(re.fullmatch(r"[\w.-]+/[\w.-]+", data))
     metrics = (("Top 1 Accuracy", "accuracy", "test_top1"), ("Top 5 Accuracy", "accuracy@5", "test_top5"))
     card_data = ModelCardData(
         library_name="timm",
-        license="apache-2.0",
+        license=config["pretrained_cfg"].get("license"),
+        base_model=training.get("base_model"),
         tags=["image-classification", "timm", "timm-iebn"],
         pipeline_tag="image-classification",
         datasets=[data] if on_hub else None,
@@ -90,7 +92,7 @@ def make_card(folder: Path, comparison: Comparison | None = None, source: str = 
         card_data,
         template_path=str(TEMPLATE),
         title=f"{model}{', fine-tuned' if recipe.pretrained else ''} on {data.rpartition('/')[2]}",
-        about=_IEBN if is_iebn else _BATCH_NORM.format(model=model),
+        about=_IEBN if is_iebn else _BATCH_NORM.format(model=model) if timm.is_model(f"{model}_iebn") else "",
         sides=sides,
         paper=comparison.paper,
         top1=training["test_top1"],
@@ -108,14 +110,11 @@ def make_card(folder: Path, comparison: Comparison | None = None, source: str = 
         num_classes=config["num_classes"],
         data=f"[{data}](https://huggingface.co/datasets/{data})" if on_hub else f"`{data}`",
         pretrained=recipe.pretrained,
-        start=recipe.model,
+        start=training.get("base_model") or recipe.model.partition(":")[0],
+        small=size[1] < 64,
+        notes=training.get("notes", ()),
         citation=_CITATION,
     )
-
-
-def write_card(folder: Path, comparison: Comparison | None = None) -> None:
-    """Writes `make_card` to the README.md of `folder`."""
-    (folder / "README.md").write_text(str(make_card(folder, comparison)))
 
 
 def make_warm_start_card(model: str) -> ModelCard:

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import __version__
-from .card import write_card
+from .card import make_card
 from .checkpoint import sync_to_disk
 from .recipe import Recipe
 from .zoo import WEIGHTS
@@ -45,10 +45,11 @@ def save_model_folder(
 ) -> None:
     """Writes `folder`, which must not exist, all at once: weights, config, card, recipe, log, curves and versions.
 
-    They are written to `work`, a new folder on the same disk, and are on the disk before `folder` is there.
+    They are written to `work`, a new folder of the same name on the same disk, and are on the disk before `folder` is
+    there.
     """
     folder = Path(folder)
-    work.mkdir()
+    work.mkdir(parents=True)
     try:
         _write_files(model, work, recipe, rows, classes, data_config)
         for path in (*work.iterdir(), work):
@@ -69,12 +70,15 @@ def _write_files(
     data_config: dict[str, Any],
 ) -> None:
     save_weights(model, folder / WEIGHTS)
+    # of the checkpoint that the network started from, if any; null values are left out
+    source = model.pretrained_cfg if recipe.pretrained else dict(license="apache-2.0")
+    model.pretrained_cfg = model.pretrained_cfg | dict(label_names=None, license=source.get("license"))
     config = dict(
         label_names=classes,
         weights_sha256=hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest(),
         parameters=sum(p.numel() for p in model.parameters()),
         macs=count_macs(model, data_config["input_size"]),
-        training=_training(recipe, rows[-1]),
+        training=_training(recipe, rows[-1], source.get("hf_hub_id")),
         pretrained_cfg=dict(tag="", crop_pct=data_config["crop_pct"]),
     )
     save_config_for_hf(model, str(folder / "config.json"), model_config=config, data_config=data_config)
@@ -87,14 +91,14 @@ def _write_files(
     about = f"# {date.today()}, Python {platform.python_version()}, {platform.system()}, {device.type}: {machine}"
     versions = [f"timm-iebn=={__version__}", *(f"{name}=={version(name)}" for name in _PACKAGES)]
     (folder / "environment.txt").write_text("\n".join([about, *versions]) + "\n")
-    write_card(folder)
+    (folder / "README.md").write_text(str(make_card(folder)), encoding="utf-8")
 
 
-def _training(recipe: Recipe, row: dict[str, Any]) -> dict[str, Any]:
+def _training(recipe: Recipe, row: dict[str, Any], source: str | None) -> dict[str, Any]:
     """What a reader of config.json learns of the run; recipe and log have all of it."""
     results = {k: round(row[k], 4) for k in ("test_loss", "test_top1", "test_top5")}
     what = {k: getattr(recipe, k) for k in ("data", "epochs", "seed", "pretrained")}
-    return what | results | dict(date=str(date.today()))
+    return what | results | dict(date=str(date.today())) | (dict(base_model=source) if source else {})
 
 
 def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:

@@ -50,6 +50,7 @@ def finished_row(recipe: Recipe, output: Path) -> dict[str, float] | None:
 
 def clean_up(folder: Path) -> None:
     """Removes what is of no use after the model folder is written: all but what trackers left."""
+    shutil.rmtree(folder / "result", ignore_errors=True)
     with suppress(OSError):
         for path in (*folder.glob("*.safetensors"), *(folder / name for name in ("log.csv", "recipe.yaml", "lock"))):
             path.unlink(missing_ok=True)

@@ -374,7 +374,7 @@ class Trainer:
         )
 
     def _finish(self) -> None:
-        work = self.folder / "result"
+        work = self.folder / "result" / self.output.name  # which the card in it takes for its name
         try:
             save_model_folder(self.result, self.output, work, self.recipe, self.rows, self.classes, self.data_config)
         except (OSError, SafetensorError, ValueError) as e:

@@ -34,7 +34,7 @@ def hub_id(folder: Path, namespace: str = "") -> str:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The config.json of a model folder."""
-    return json.loads((folder / "config.json").read_text())
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 
 def model_folders(zoo: Path = ZOO) -> list[Path]:
@@ -45,7 +45,10 @@ def model_folders(zoo: Path = ZOO) -> list[Path]:
     ranks = {}
     for path in zoo.glob("*/config.json"):
         try:
-            training = read_config(path.parent)["training"]
+            config = read_config(path.parent)
+            training = config["training"]
+            if not path.parent.name.startswith(f"{config['architecture']}."):
+                raise ValueError(f"the folder is not named {config['architecture']}.TAG")
             rank = training["pretrained"], -training["epochs"], training["seed"], path.parent.name
         except (ValueError, KeyError, TypeError) as e:
             warnings.warn(f"{path} is none of this trainer's and left out ({type(e).__name__}: {e})", stacklevel=2)
@@ -62,7 +65,7 @@ def zoo_cfgs(architecture: str, base: dict[str, Any]) -> dict[str, dict[str, Any
     cfgs = {}
     for folder in model_folders():
         config = read_config(folder)
-        if config["architecture"] != architecture or not folder.name.startswith(f"{architecture}."):
+        if config["architecture"] != architecture:
             continue
         own = {k: tuple(v) if isinstance(v, list) else v for k, v in config["pretrained_cfg"].items() if k in base}
         weights = folder / WEIGHTS
@@ -73,7 +76,6 @@ def zoo_cfgs(architecture: str, base: dict[str, Any]) -> dict[str, dict[str, Any
                 file=str(weights) if weights.exists() else None,
                 hf_hub_id=hub_id(folder),
                 label_names=tuple(config["label_names"]),
-                license="apache-2.0",
             )
         )
     return cfgs
@@ -91,18 +93,22 @@ def check_shipped(weights: str | Path) -> None:
 def check_download(hub_id: str, cache_dir: str | Path | None = None) -> None:
     """Raises RuntimeError if the cached weights of a Hub repository are not those that the Hub has, and removes them.
 
-    The Hub's client compares sizes only; the name of a large file in its cache is the sha256 that it should have.
+    The Hub's client compares sizes only; the name of a large file in its cache is the sha256 that it should have. A
+    checkpoint of the zoo has its sha256 in the config that came with the package.
     """
     repo, revision = hf_split(hub_id)
     path = try_to_load_from_cache(repo, WEIGHTS, cache_dir, revision)
     if isinstance(path, str):
-        blob = Path(path).resolve()
-        if re.fullmatch("[0-9a-f]{64}", blob.name) and sha256(blob) != blob.name:
+        blob, shipped = Path(path).resolve(), ZOO / repo.partition("/")[2] / "config.json"
+        expected = {blob.name} if re.fullmatch("[0-9a-f]{64}", blob.name) else set()
+        if shipped.exists():
+            expected.add(read_config(shipped.parent)["weights_sha256"])
+        if expected - {sha256(blob)}:
             blob.unlink(missing_ok=True)
             Path(path).unlink(missing_ok=True)
             raise RuntimeError(
-                f"The weights of {hub_id} were damaged on their way: {blob} was not what its sha256 says and has been "
-                "removed from the cache. Load them again."
+                f"The weights of {hub_id} are damaged, or others than this version of timm-iebn knows: {blob} was not "
+                "what its sha256 says and has been removed from the cache. Load them again."
             )
 
 
