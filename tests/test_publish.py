@@ -1,5 +1,6 @@
 """Publishing to a loopback Hub with the real client, and loading from it what was published."""
 
+import functools
 import io
 import json
 import os
@@ -317,7 +318,9 @@ def test_a_killed_run_leaves_nothing_half_done(hub, publish, tmp_path, how):
     hub.faults.append(Fault("PUT /lfs/", "slow"))
     env = os.environ | SETTINGS | dict(HF_HOME=str(tmp_path), HF_ENDPOINT=hub.url, HF_TOKEN=TOKEN)
     command = [sys.executable, SCRIPT, FOLDER, "--namespace", "lab"]
-    process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+    # A test run in the background inherits an ignored SIGINT, and so would the command.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     deadline = time.monotonic() + 100
     while not hub.blobs and time.monotonic() < deadline:
         time.sleep(0.01)

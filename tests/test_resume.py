@@ -340,7 +340,7 @@ def test_a_full_disk_leaves_the_checkpoint_and_no_half_folder(tmp_path, monkeypa
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("timm_iebn.zoo.plot_curves", full)
+    monkeypatch.setattr("timm_iebn.model_folder.plot_curves", full)
     with pytest.raises(CheckpointError, match="No space left.*the run is done, .*0000002.safetensors is whole"):
         trainer.fit()
     assert [p.name for p in tmp_path.iterdir()] == ["out.run"]
