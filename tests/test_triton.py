@@ -16,12 +16,13 @@ import timm_iebn
 from timm_iebn.models._fused import fuse_blocks
 from timm_iebn.ops import backend, iebn, iebn_reference
 from timm_iebn.ops.activations import ACTIVATIONS
+from timm_iebn.ops.backend import _triton_works
 
 triton = pytest.importorskip("timm_iebn.ops.triton", reason="Triton is not installed: pip install triton")
 custom = pytest.importorskip("timm_iebn.ops.custom")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SHAPES = [(4, 8, 7, 5), (1, 3, 6, 6), (6, 5, 1, 1), (3, 1, 33, 2), (2, 77, 9, 9), (2, 24, 70, 71)]
+SHAPES = [(4, 8, 7, 5), (1, 3, 6, 6), (6, 5, 1, 1), (3, 1, 33, 2), (2, 77, 9, 9), (1, 24, 70, 71)]
 LAYOUTS = dict(argvalues=[torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 DTYPES = dict(argvalues=[torch.float32, torch.bfloat16, torch.float16], ids=str)
 
@@ -54,6 +55,17 @@ def test_fused_is_as_exact_as_the_formula(shape, mode, dtype, layout):
 @pytest.mark.parametrize("mode", MODES)
 def test_a_large_mean_cancels_nothing(mode, layout):
     check(fused, *draw((4, 6, 33, 31), mean=100.0), mode, 100.0, torch.float32, layout)
+
+
+@pytest.mark.parametrize(("shape", "rounds"), [((260, 1, 2, 1), (2, 1)), ((65, 1, 65, 64), (1, 2))], ids=str)
+def test_more_images_or_parts_than_are_merged_at_once(shape, rounds, monkeypatch):
+    monkeypatch.setattr(triton, "_PROGRAMS", 1000)
+    triton._grid_of.cache_clear()
+    grid = triton._grid(torch.empty(shape, device=DEVICE))
+    blocks = grid.merge_blocks
+    assert (-(-shape[0] // blocks["BLOCK_N"]), -(-grid.parts // blocks["BLOCK_P"])) == rounds
+    check(fused, *draw(shape), "train", 0.0, torch.float32, torch.contiguous_format)
+    triton._grid_of.cache_clear()
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -160,9 +172,8 @@ def test_compiled_it_is_one_graph_with_the_operator(training):
         return graph.forward
 
     torch._dynamo.reset()
-    compiled = torch.compile(iebn, fullgraph=True, backend=inspect)
     found = []
-    for path in (iebn, compiled):
+    for path in (iebn, torch.compile(iebn, fullgraph=True, backend=inspect)):
         leaves = [t.float().requires_grad_() for t in (x, *params)]
         stats = running(8, "eval", 0.0, torch.float32)
         y = fused(*leaves, *stats, training, 0.3, 1e-5, residual=x.float(), act="relu", path=path)
@@ -209,6 +220,31 @@ def test_what_autograd_gives_back_may_lie_in_another_way(unpack):
             torch.testing.assert_close(ours, theirs)
 
 
+def test_the_operators_take_dense_input_only():
+    (x, *params), grad = draw((2, 8, 6, 6))
+    x, grad, params = x.float().to(DEVICE), grad.float().to(DEVICE), [p.float().to(DEVICE) for p in params]
+    every_other = x[:, ::2], *(p[::2].contiguous() for p in params), None, None, None, 1e-5, ""
+    with pytest.raises(RuntimeError, match=r"can't take torch.float32 input of shape \[2, 4, 6, 6\] with strides"):
+        custom.iebn_op(*every_other)
+    with pytest.raises(RuntimeError, match=r"of shape \[0, 8, 6, 6\]"):
+        custom.iebn_op(x[:0], *params, None, None, None, 1e-5, "")
+    # backward gets from hooks what they like
+    _, *found = custom.iebn_op(x, *params, None, None, None, 1e-5, "")
+    tail = *params[:3], None, None, *found, True, 1e-5, ""
+    expected = custom.iebn_backward_op(grad, x, *tail)
+    torch.testing.assert_close(custom.iebn_backward_op(strided(grad), strided(x), *tail), expected)
+
+
+@pytest.mark.parametrize("place", [0, 4999])
+@pytest.mark.parametrize("layout", **LAYOUTS)
+def test_infinity_is_the_same_wherever_it_stands(place, layout):
+    x = torch.randn(1, 2, 100, 50)
+    x[0, 0].view(-1)[place] = float("inf")
+    one = torch.ones(2)
+    args = x.contiguous(memory_format=layout), one, 0 * one, 0.5 * one, 0 * one, 0 * one, one, False, 0.1, 1e-5
+    torch.testing.assert_close(fused(*args), iebn_reference(*args))
+
+
 def test_an_empty_batch_moves_nothing():
     vectors = [p.float().requires_grad_() for p in draw((4, 8, 5, 5))[0][1:]]
     stats = running(8, "eval", 0.0, torch.float32)
@@ -228,7 +264,11 @@ def test_not_a_number_stays_one_and_in_its_channel():
         assert torch.equal(y.isnan().all((0, 2, 3)), torch.arange(9) == 4), act
 
 
-def rank_of_two(rank, folder):
+def compiled(*args):
+    return torch.compile(iebn, backend="aot_eager")(*args)
+
+
+def rank_of_two(rank, folder, path):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     (x, *params), grad, residual = torch.load(f"{folder}/data.pt", weights_only=True)
@@ -236,7 +276,7 @@ def rank_of_two(rank, folder):
     leaves = [t.requires_grad_() for t in (x[share].clone(), *params, residual[share].clone())]
     stats = running(8, "eval", 0.0, torch.float32)
     with backend("triton"):
-        y = iebn(*leaves[:5], *stats, None, True, 0.3, 1e-5, dist.group.WORLD, leaves[5], "relu")
+        y = path(*leaves[:5], *stats, None, True, 0.3, 1e-5, dist.group.WORLD, leaves[5], "relu")
     dx, *grads, dresidual = torch.autograd.grad(y, leaves, grad[share])
     for g in grads:
         dist.all_reduce(g)
@@ -245,11 +285,12 @@ def rank_of_two(rank, folder):
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="two processes on one GPU need NCCL's permission")
-def test_two_ranks_are_one_batch(tmp_path):
+@pytest.mark.parametrize("path", [iebn, compiled], ids=["eager", "compiled"])
+def test_two_ranks_are_one_batch(path, tmp_path):
     (x, *params), grad = draw((4, 8, 7, 5))
     x, grad, residual, params = x.float(), grad.float(), torch.randn(4, 8, 7, 5), [p.float() for p in params]
     torch.save([[x, *params], grad, residual], tmp_path / "data.pt")
-    torch.multiprocessing.spawn(rank_of_two, (str(tmp_path),), nprocs=2)
+    torch.multiprocessing.spawn(rank_of_two, (str(tmp_path), path), nprocs=2)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     leaves, stats = (
         [t.double().requires_grad_() for t in (x, *params, residual)],
@@ -268,41 +309,65 @@ import sys
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from timm_iebn.ops import triton as kernels
+from timm_iebn.ops import triton_kernels as kernels
 
-dtype, capability = sys.argv[1], int(sys.argv[2])
+dtype, capability, channels_last, align, given = sys.argv[1], *map(int, sys.argv[2:])
 tensors = "x_ptr residual_ptr y_ptr g_ptr result_ptr dresidual_ptr dx_ptr".split()
-blocks = dict(BLOCK_C=64, BLOCK_L=64, WIDE=False, BLOCK_N=64, ACT="silu")
+optional = "square_ptr weight_ptr bias_ptr residual_ptr result_ptr dresidual_ptr sums_ptr".split()
+blocks = dict(BLOCK_C=64, BLOCK_L=64, WIDE=False, BLOCK_N=16, BLOCK_P=4, ACT="silu")
+blocks |= dict(CHANNELS_LAST=bool(channels_last), ALIGN_C=align, ALIGN_L=align)
 for name in "statistics merge_statistics normalize reduce merge_gradients grad_input".split():
-    kernel = getattr(kernels, f"_{name}_kernel")
+    kernel = getattr(kernels, f"{name}_kernel")
     signature, constants, attributes = {}, {}, {}
     for i, argument in enumerate(kernel.arg_names):
+        is_output = name == "merge_gradients" and argument == "sums_ptr"
         if argument in blocks:
             signature[argument], constants[i,] = "constexpr", blocks[argument]
-        elif argument == "stride_c":
+        elif not given and argument in optional and not is_output:
+            signature[argument], constants[i,] = "constexpr", None
+        elif not given and argument in ("C", "L", "parts"):  # as Triton takes an integer of 1
             signature[argument], constants[i,] = "constexpr", 1
         elif argument.endswith("_ptr"):
             signature[argument] = "*" + (dtype if argument in tensors else "fp32")
             attributes[i,] = [["tt.divisibility", 16]]
         else:
             signature[argument] = "fp32" if argument in ("eps", "count") else "i32"
-            attributes[i,] = [["tt.divisibility", 16]] if argument in ("C", "stride_l") else []
+            attributes[i,] = [["tt.divisibility", 16]] if argument == "part" else []
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
     ptx = compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
     print(name, ptx.count("ld.global.v4"), ptx.count("st.global.v4"), ptx.count("st.global.b16"))
 """
 
 
-@pytest.mark.parametrize(("dtype", "capability"), [("bf16", 90), ("fp16", 80), ("fp32", 90)])
-def test_the_kernels_compile_for_gpus_and_move_sixteen_bytes_at_once(dtype, capability):
-    """No GPU is needed for it, and the interpreter takes what the compiler does not."""
-    environment = os.environ | dict(TRITON_INTERPRET="0")
-    command = [sys.executable, "-c", COMPILE, dtype, str(capability)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+def compile_kernels(*arguments):
+    """Counts of wide loads, wide stores and narrow stores by kernel, compiled without a GPU.
+
+    Needed besides the interpreter, which takes what the compiler does not.
+    """
+    command = [sys.executable, "-c", COMPILE, *map(str, arguments)]
+    result = subprocess.run(
+        command, env=os.environ | dict(TRITON_INTERPRET="0"), capture_output=True, text=True, timeout=600
+    )
     assert result.returncode == 0, result.stderr
     found = {name: list(map(int, counts)) for name, *counts in map(str.split, result.stdout.splitlines())}
-    assert len(found) == 6 and all(found[name][0] for name in ("statistics", "normalize", "reduce", "grad_input"))
+    assert len(found) == 6
+    return found
+
+
+@pytest.mark.parametrize("layout", [0, 1], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize(
+    ("dtype", "capability", "align"), [("bf16", 90, 16), ("bf16", 90, 8), ("fp16", 80, 8), ("fp32", 90, 4)]
+)
+def test_the_kernels_compile_for_gpus_and_move_sixteen_bytes_at_once(dtype, capability, align, layout):
+    """With 24 channels, or planes of 14 x 14 in float32, too."""
+    found = compile_kernels(dtype, capability, layout, align, 1)
+    assert all(found[name][0] for name in ("statistics", "normalize", "reduce", "grad_input"))
     assert all(found[name][1] and not found[name][2] for name in ("normalize", "reduce", "grad_input"))
+
+
+@pytest.mark.parametrize("layout", [0, 1], ids=["nchw", "nhwc"])
+def test_the_kernels_compile_without_what_may_be_missing(layout):
+    compile_kernels("bf16", 90, layout, 1, 0)
 
 
 # ---- the choice
@@ -317,6 +382,12 @@ def test_the_choice_of_the_backend():
     assert timm_iebn.get_backend() == "auto"
     with pytest.raises(ValueError, match="one of auto, reference, eager, triton, got 'cuda'"):
         timm_iebn.set_backend("cuda")
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU on which the kernels run")
+def test_a_device_where_triton_does_not_run_is_left_to_torch_with_a_warning():
+    with pytest.warns(UserWarning, match="takes torch's operations on cuda:0, its fused kernels do not run: .+"):
+        assert not _triton_works.__wrapped__(torch.device("cuda", 0))
 
 
 def test_what_the_kernels_cannot_take_is_named_where_they_are_forced():
@@ -400,7 +471,7 @@ def test_blocks_fuse_the_addition_and_do_not_where_someone_looks(monkeypatch):
         net(x)
         assert (seen.count((False, "relu")), seen.count((True, "relu")), len(seen)) == (9, 9, 19)
         seen.clear()
-        net.layer1[0].bn2.register_forward_hook(lambda *_: None)
+        net.layer1[0].bn2.register_full_backward_pre_hook(lambda *_: None)
         net(x)
     assert (seen.count((False, "relu")), seen.count((True, "relu")), len(seen)) == (8, 8, 19)
 
@@ -445,9 +516,18 @@ def test_every_shape_of_a_network_on_the_gpu(name, size, dtype, layout):
 
 
 @pytest.mark.gpu
-def test_more_values_than_32_bits_can_count():
-    x = torch.randn(1, 2, 4, 4, device="cuda", dtype=torch.bfloat16).expand(1, 2, 4, 4)
-    large = x.repeat(2**26 + 1, 1, 1, 1)  # 2^31 + 32 values
-    layer = timm_iebn.IEBN2d(2).cuda().eval()
-    y = layer(large)
-    torch.testing.assert_close(y[-1:], layer(x))
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("shape", [(2**26 + 1, 2, 4, 4), (1, 2**15 + 8, 256, 256)], ids=["batch", "image"])
+def test_more_values_than_32_bits_can_count(shape, training):
+    """The last of them, forward and backward, is what it is in a batch, or among channels, of few."""
+    n, c = shape[:2]
+    x = torch.randn(1, 2, *shape[2:], device="cuda", dtype=torch.bfloat16)
+    large = x.repeat(n, c // 2, 1, 1).requires_grad_()  # the same values again and again, and so the same statistics
+    small = x.repeat(2, 1, 1, 1).requires_grad_()
+    found = []
+    for t in (large, small):
+        y = timm_iebn.IEBN2d(t.shape[1]).cuda().train(training)(t)
+        (dx,) = torch.autograd.grad(y, t, t.detach())
+        found.append((y[-1:, -2:].detach().clone(), dx[-1:, -2:].clone()))
+        del y, dx
+    torch.testing.assert_close(*found)

@@ -10,7 +10,7 @@ from timm.layers.norm_act import _create_act
 from timm.layers.typing import LayerType
 from torch import Tensor, nn
 
-from .ops import batch_share, check_input, iebn, iebn_reference
+from .ops import batch_share, check_input, iebn, iebn_reference, uses_triton
 from .ops.activations import activation_name
 
 torch.fx.wrap("iebn")  # a symbolic trace of a bare layer keeps the call whole: it branches on sizes
@@ -228,7 +228,7 @@ class IEBNAct2d(IEBN2d):
             if _is_symbolic(self, x):
                 return _as_node(self, x)
             act = activation_name(self.act)
-            if act and type(self.drop) is nn.Identity:
+            if act and type(self.drop) is nn.Identity and isinstance(x, Tensor) and uses_triton(x):
                 return self.normalize(x, act=act)
         return self.act(self.drop(self.normalize(x)))
 

@@ -9,15 +9,11 @@ from torch import Tensor, nn
 
 from ..layers import IEBN2d
 from ..ops import uses_triton
-from ..ops.activations import activation_name
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+from ..ops.activations import activation_name, is_hooked
 
 
 def _is_off(module: nn.Module | None) -> bool:
-    return module is None or (type(module) is nn.Identity and not _is_hooked(module))
+    return module is None or (type(module) is nn.Identity and not is_hooked(module))
 
 
 def _can_fuse(block: BasicBlock | Bottleneck, x: Tensor, depth: int) -> bool:
@@ -27,7 +23,7 @@ def _can_fuse(block: BasicBlock | Bottleneck, x: Tensor, depth: int) -> bool:
     norms = [getattr(block, f"bn{i}") for i in range(1, depth + 1)]
     acts = [getattr(block, f"act{i}") for i in range(1, depth + 1)]
     return (
-        all(type(norm) is IEBN2d and not _is_hooked(norm) for norm in norms)
+        all(type(norm) is IEBN2d and not is_hooked(norm) for norm in norms)
         and all(activation_name(act) is not None for act in acts)
         and all(_is_off(module) for module in (block.drop_block, block.aa, block.se))
         and (_is_off(block.drop_path) or not block.training)

@@ -26,6 +26,10 @@ __all__ = [
 ]
 
 
+# a compiler leaves the exchange between ranks, and what lies around it, as it is
+_iebn_synchronised = torch.compiler.disable(iebn_eager)
+
+
 def check_input(x: Tensor, num_features: int, batch: bool) -> None:
     """Raises what `iebn` documents; statistics of the `batch` ask for more than one value per channel."""
     if x.dim() != 4:
@@ -114,10 +118,10 @@ def iebn(
         y, behind = _compiled(*tensors, training, share, eps, residual, act), (None, "")
     elif group is None and formula:
         y = iebn_reference(*tensors, training, share, eps)
-    elif _can_fuse(x, residual):
-        y, behind = iebn_eager(*tensors, training, share, eps, group, residual, act), (None, "")
     else:
-        y = iebn_eager(*tensors, training, share, eps, group)
+        path = iebn_eager if group is None else _iebn_synchronised
+        fused, behind = (behind, (None, "")) if _can_fuse(x, residual) else ((None, ""), behind)
+        y = path(*tensors, training, share, eps, group, *fused)
     if training and num_batches_tracked is not None:
         num_batches_tracked.add_(1)
     residual, act = behind

@@ -25,6 +25,13 @@ _MODULES = {
 }
 
 
+def is_hooked(module: nn.Module) -> bool:
+    """Whether someone looks at what goes in or out of `module`, which must then be called."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
 def activation_name(module: nn.Module) -> str | None:
     """The name in `ACTIVATIONS` of what `module` computes; None where it is another one, or is hooked."""
-    return None if module._forward_hooks or module._forward_pre_hooks else _MODULES.get(type(module))
+    return None if is_hooked(module) else _MODULES.get(type(module))

@@ -1,7 +1,9 @@
 """Which implementation computes IEBN: the one place where that is decided."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from types import ModuleType
 
 import torch
@@ -19,7 +21,7 @@ _chosen = "auto"
 
 
 def set_backend(name: str) -> None:
-    """Chooses what computes IEBN, in this process, from now on.
+    """Chooses what computes IEBN, in all threads of this process, from now on.
 
     Args:
         name: 'reference', the formula differentiated by autograd; 'eager', the closed-form gradient in torch's
@@ -58,6 +60,19 @@ def uses_reference() -> bool:
     return _chosen == "reference"
 
 
+@lru_cache
+def _triton_works(device: torch.device) -> bool:
+    """Whether Triton can compile for `device` and run there. A compiler and drivers are needed for it."""
+    try:
+        if torch.cuda.get_device_capability(device) < (7, 0):
+            raise RuntimeError("Triton needs a GPU of compute capability 7.0 or later")
+        triton.statistics(torch.zeros(1, 1, 1, 1, device=device), batch=False)
+    except Exception as e:  # whatever a compiler or a driver raises
+        warnings.warn(f"IEBN takes torch's operations on {device}, its fused kernels do not run: {e}", stacklevel=2)
+        return False
+    return True
+
+
 def uses_triton(x: Tensor) -> bool:
     """Whether the fused kernels are to take `x`.
 
@@ -68,12 +83,15 @@ def uses_triton(x: Tensor) -> bool:
         return False
     if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0:
         return False  # dispatch modes must see operations
-    if not triton.supports(x) and _chosen == "triton" and x.numel():
-        raise RuntimeError(
-            f"the backend 'triton' can't take {x.dtype} input with strides {x.stride()} on {x.device}: it needs a CUDA "
-            "device, float32, bfloat16 or float16, NCHW or channels last; set_backend('auto') takes all"
-        )
-    return triton.supports(x)
+    if not triton.supports(x):
+        if _chosen == "triton" and x.numel():
+            raise RuntimeError(
+                f"the backend 'triton' can't take {x.dtype} input with strides {x.stride()} on {x.device}: it needs a "
+                "CUDA device, float32, bfloat16 or float16, NCHW or channels last; set_backend('auto') takes all"
+            )
+        return False
+    # who forces it sees Triton's own error, and who compiles needs Triton anyway
+    return _chosen == "triton" or torch.compiler.is_compiling() or _triton_works(x.device)
 
 
 def passes_for(x: Tensor) -> ModuleType:

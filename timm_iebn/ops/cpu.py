@@ -14,6 +14,8 @@ from ctypes import c_double, c_int, c_int64, c_void_p
 import torch  # before the library, so that both use one pool of threads
 from torch import Tensor
 
+from .layouts import is_channels_last, is_dense
+
 _INTERFACE = 5  # of `_cpu.cpp`; both change when arguments do
 _SHAPE = [c_int64] * 3 + [c_int] * 3
 _ARGUMENTS = {
@@ -54,10 +56,6 @@ def load(capability: str) -> ctypes.CDLL | None:
 library = load(torch.backends.cpu.get_cpu_capability())
 
 
-def _is_channels_last(x: Tensor) -> bool:
-    return x.shape[1] > 1 and x.is_contiguous(memory_format=torch.channels_last)
-
-
 def supports(x: Tensor) -> bool:
     """Whether these passes can take `x`. Dispatch modes must see operations, which calls to the library are not."""
     return (
@@ -65,7 +63,7 @@ def supports(x: Tensor) -> bool:
         and x.is_cpu
         and x.layout == torch.strided
         and (x.dtype == torch.float32 or x.dtype == torch.bfloat16)
-        and (x.is_contiguous() or _is_channels_last(x))
+        and is_dense(x)
         and not x.is_neg()
         and torch._C._len_torch_dispatch_stack() == 0
     )
@@ -73,7 +71,7 @@ def supports(x: Tensor) -> bool:
 
 def _shape(x: Tensor) -> tuple[int, ...]:
     n, c, h, w = x.shape
-    return n, c, h * w, _is_channels_last(x), x.dtype == torch.bfloat16, torch.get_num_threads()
+    return n, c, h * w, is_channels_last(x), x.dtype == torch.bfloat16, torch.get_num_threads()
 
 
 def _dense(shape: torch.Size, *tensors: Tensor | None) -> list[Tensor | None]:
@@ -89,13 +87,6 @@ def _dense(shape: torch.Size, *tensors: Tensor | None) -> list[Tensor | None]:
                 v = v.detach().float().contiguous().resolve_neg()
         dense.append(v)
     return dense
-
-
-def like(g: Tensor, x: Tensor) -> Tensor:
-    """`g` in the dtype and layout of `x`."""
-    if g.stride() == x.stride() and g.dtype == x.dtype and not g.is_neg():
-        return g
-    return torch.empty_like(x).copy_(g)
 
 
 def _pointer(t: Tensor | None) -> int | None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import triton
+from .layouts import like
 
 
 @torch.library.custom_op("timm_iebn::iebn", mutates_args=())
@@ -24,6 +25,11 @@ def iebn_op(
     """The output (N, C, H, W); instance means and gates (N, C); and mean and biased variance (C,), which are those of
     the batch where none are given.
     """
+    if not triton.supports(x):
+        raise RuntimeError(
+            f"timm_iebn::iebn can't take {x.dtype} input of shape {list(x.shape)} with strides {x.stride()} on "
+            f"{x.device}: timm_iebn.ops.iebn takes all"
+        )
     mean_NC, *batch = triton.statistics(x, mean is None)
     mean, var = batch if mean is None else (mean.float().clone(), var.float().clone())
     y, gate_NC = triton.normalize(x, mean_NC, mean, var, eps, weight, bias, gate_weight, gate_bias, residual, act)
@@ -57,7 +63,9 @@ def iebn_backward_op(
     """The gradients of `x`; of the residual behind which there is an activation, or an empty tensor; and of weight,
     bias, gate_weight and gate_bias, (4, C).
     """
-    g = triton.like(g, x)
+    if not triton.supports(x):  # hooks on saved tensors may have changed it
+        x = x.resolve_neg().contiguous()
+    g = like(g, x)
     dresidual = triton.residual_gradient(x, residual, result)
     fused = dict(bias=bias, residual=residual, result=result, dresidual=dresidual, act=act)
     dz_NC, grads, sums = triton.reduce(g, x, mean_NC, gate_NC, mean, var, eps, weight, **fused)

@@ -14,12 +14,13 @@ from torch import Tensor
 from . import cpu, passes
 from .activations import ACTIVATIONS
 from .backend import passes_for, triton
+from .layouts import like
 from .reference import iebn_reference, update_running, wide_dtype
 
 
 def _merge(mean: Tensor, var: Tensor, count: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, variance and count of the batch over all ranks, which may hold different numbers of images."""
-    local = torch.cat([mean, var * count, mean.new_tensor([count])])
+    local = torch.cat([mean, var * count, mean.new_full((1,), count)])
     ranks = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
     dist.all_gather(ranks, local, group=group)
     means, deviations, counts = torch.stack(ranks).split([len(mean), len(mean), 1], dim=1)
@@ -85,29 +86,28 @@ class _IEBN(torch.autograd.Function):
         params = weight, bias, gate_weight, gate_bias
         if torch.is_grad_enabled():  # create_graph=True: the second derivative goes through the formula
             return (*_reference_grads(ctx, (x, *params), residual, result, mean, var, g), *_NO_GRADS)
-        backend, dresidual, behind, kept = ctx.backend, g, {}, {}
+        backend, fused, kept, dresidual = ctx.backend, {}, {}, None
         if backend is not passes and not backend.supports(x):  # hooks may have changed it, a mode may be watching
             backend, x = (backend, x.resolve_neg().contiguous()) if ctx.act else (passes, x)
         if backend is not passes:
-            g = backend.like(g, x)
+            g = like(g, x)
         if ctx.act:
-            behind = dict(bias=bias, act=ctx.act)
-            kept = dict(residual=residual, result=result, dresidual=triton.residual_gradient(x, residual, result))
+            fused, dresidual = dict(bias=bias, act=ctx.act), triton.residual_gradient(x, residual, result)
+            kept = dict(residual=residual, result=result, dresidual=dresidual)
         if backend is cpu and ctx.group is None and ctx.needs_input_grad[0]:
             scales = weight, gate_weight, ctx.count
             dx, grads = cpu.backward(g, x, mean_NC, gate_NC, mean, var, ctx.eps, *scales)
             return dx, *_of_params(params, grads), None, *_NO_GRADS
-        dz_NC, grads, sums = backend.reduce(g, x, mean_NC, gate_NC, mean, var, ctx.eps, weight, **behind, **kept)
-        if kept.get("dresidual") is not None:
-            g = dresidual = kept["dresidual"]
-            behind = {}
+        dz_NC, grads, sums = backend.reduce(g, x, mean_NC, gate_NC, mean, var, ctx.eps, weight, **fused, **kept)
+        if dresidual is not None:  # the gradient before the activation, which so is done with
+            g, fused = dresidual, {}
         dx = None
         if ctx.needs_input_grad[0]:
             if ctx.group is not None:
                 dist.all_reduce(sums, group=ctx.group)
             scales = weight, gate_weight, sums, ctx.count
-            dx = backend.grad_input(g, x, gate_NC, dz_NC, mean, var, ctx.eps, *scales, **behind)
-        return dx, *_of_params(params, grads), dresidual if ctx.needs_input_grad[5] else None, *_NO_GRADS
+            dx = backend.grad_input(g, x, gate_NC, dz_NC, mean, var, ctx.eps, *scales, **fused)
+        return dx, *_of_params(params, grads), g if ctx.needs_input_grad[5] else None, *_NO_GRADS
 
 
 def _of_params(params: tuple[Tensor | None, ...], grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:

@@ -1,7 +1,7 @@
 """IEBN written as its formula (arXiv 1908.04008, section 3), differentiated by autograd.
 
-Every other path is tested against this one. It is also the path that TorchScript, tracing, torch.compile and export
-take, because it consists of plain differentiable torch operations only. It is never optimised.
+Every other path is tested against this one. It is also the path that TorchScript, tracing and torch.func take, and
+without fused kernels torch.compile and export: it consists of plain differentiable torch operations only.
 """
 
 import torch
