@@ -53,6 +53,7 @@ def main() -> int:
     parser.add_argument("--output-root", type=Path, default=Path("output"), help="default: output/")
     parser.add_argument("--resume", action="store_true", help="go on with an unfinished run, if there is one")
     parser.add_argument("--data-dir", default="", help="where the data is, if not on the Hub: a folder or .tar file")
+    parser.add_argument("--mix-data-dir", default="", help="the same for the recipe's mix_data")
     parser.add_argument("--checkpoint-updates", type=int, default=500, help="beside those after each epoch; 0 for none")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="for 'loader: timm'")
     parser.add_argument("--track", action="append", default=[], choices=TRACKERS, help="may be given more than once")
@@ -61,7 +62,16 @@ def main() -> int:
     try:
         recipe = load_recipe(args.recipe, args.overrides)
         folder = args.output or _default_folder(args.output_root, recipe)
-        row = train(recipe, folder, args.resume, args.data_dir, args.workers, args.checkpoint_updates, args.track)
+        row = train(
+            recipe,
+            folder,
+            args.resume,
+            args.data_dir,
+            args.mix_data_dir,
+            args.workers,
+            args.checkpoint_updates,
+            args.track,
+        )
         if PartialState().is_main_process:
             print(
                 f"\n{recipe.model}: top-1 {row['test_top1']:.2f} % on the test split after the last epoch; see {folder}"

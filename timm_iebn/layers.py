@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .ops import batch_share, check_input, iebn, iebn_reference, uses_triton
 from .ops.activations import activation_name
+from .ops.reference import wide_dtype
 
 torch.fx.wrap("iebn")  # a symbolic trace of a bare layer keeps the call whole: it branches on sizes
 
@@ -137,6 +138,12 @@ class IEBN2d(nn.BatchNorm2d):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
+    def gate(self, x: Tensor) -> Tensor:
+        """The gates of `x`, (N, C, H, W): (N, C), float32 or wider."""
+        dtype = wide_dtype(x)
+        mean = x.mean((2, 3), dtype=dtype)
+        return torch.sigmoid(self.gate_weight.to(dtype) * mean + self.gate_bias.to(dtype))
+
     def normalize(self, x: Tensor, residual: Tensor | None = None, act: str = "") -> Tensor:
         """The layer on `x`, then `residual` added and the activation `act` applied (see `iebn`), without hooks."""
         training = self.training and not self.frozen
@@ -233,7 +240,7 @@ class IEBNAct2d(IEBN2d):
         return self.act(self.drop(self.normalize(x)))
 
 
-def _sync_batch_norm(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+def sync_batch_norm(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
     """Batch norm over all ranks of `norm.process_group`: torch's on CUDA, elsewhere IEBN's kernel with open gates."""
     if not norm.training or not dist.is_initialized():
         return nn.BatchNorm2d.forward(norm, x)
@@ -267,7 +274,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to (N, C, H, W), in the dtype and layout of `x`."""
-        return _sync_batch_norm(self, x)
+        return sync_batch_norm(self, x)
 
 
 class SyncBatchNormAct2d(BatchNormAct2d):
@@ -278,7 +285,7 @@ class SyncBatchNormAct2d(BatchNormAct2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to (N, C, H, W), in the dtype and layout of `x`."""
-        return self.act(self.drop(_sync_batch_norm(self, x)))
+        return self.act(self.drop(sync_batch_norm(self, x)))
 
 
 def _register_with_timm() -> None:

@@ -9,6 +9,7 @@ import random
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,22 @@ class Share:
     device: torch.device = torch.device("cpu")
     channels_last: bool = False
 
+    @cached_property
+    def _scaling(self) -> tuple[Tensor, Tensor]:
+        return tuple(torch.tensor(v, device=self.device).view(-1, 1, 1) * 255 for v in (self.mean, self.std))
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """uint8 `images` (N, C, H, W) as the network's float32 input."""
+        mean, std = self._scaling
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        return images.float().sub_(mean).div_(std).contiguous(memory_format=layout)
+
+
+def make_generator(seed: int, epoch: int, purpose: str) -> torch.Generator:
+    """A generator for one purpose in one epoch of a run."""
+    name = f"{seed} {epoch} {purpose}".encode()
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name).digest()[:6]))
+
 
 class Loader:
     """Batches of one process, (B, C, H, W) float32 and (B,) labels, on its device.
@@ -69,9 +86,6 @@ class Loader:
                 raise RecipeError(f"batch_size: {recipe.batch_size} is more than the {size} training images")
         elif size == 0:
             raise RecipeError("data: the test split is empty")
-        self.mean, self.std = (
-            torch.tensor(v, device=share.device).view(-1, 1, 1) * 255 for v in (share.mean, share.std)
-        )
         self.erase = None
         if recipe and recipe.random_erasing:
             self.erase = RandomErasing(recipe.random_erasing, mode="pixel", device=share.device)
@@ -86,25 +100,20 @@ class Loader:
         """The images of each of this process's batches."""
         order = torch.arange(self.size)
         if self.recipe:
-            order = torch.randperm(self.size, generator=self._generator(epoch, "order"))
+            order = torch.randperm(self.size, generator=make_generator(self.recipe.seed, epoch, "order"))
         order = order[self.share.rank :: self.share.world_size]
         step = self.batch_size // self.share.world_size
         return [order[i * step : (i + 1) * step] for i in range(len(self))]
-
-    def _generator(self, epoch: int, purpose: str) -> torch.Generator:
-        name = f"{self.recipe.seed} {epoch} {purpose}".encode()
-        return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name).digest()[:6]))
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of `epoch` from number `start` on."""
         share = self.share
         for i, (images, labels) in enumerate(self._batches(epoch, start), start):
-            images = images.float().sub_(self.mean).div_(self.std)
+            images = share.normalize(images)
             if self.erase:
                 seed_everything(self.recipe.seed, epoch, i, share.rank)
                 images = self.erase(images)
-            layout = torch.channels_last if share.channels_last else torch.contiguous_format
-            yield images.contiguous(memory_format=layout), labels
+            yield images, labels
 
     def _batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         """uint8 images and their labels on the device, augmented up to here."""
@@ -128,7 +137,7 @@ class MemoryLoader(Loader):
     def _batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         device = self.share.device
         if self.recipe:
-            generator, padding = self._generator(epoch, "augmentation"), self.recipe.crop_padding
+            generator, padding = make_generator(self.recipe.seed, epoch, "augmentation"), self.recipe.crop_padding
             # for every image of the epoch, so that they do not depend on how batches are cut
             shifts = torch.randint(0, 2 * padding + 1, (2, self.size), generator=generator).to(device)
             mirrored = (torch.rand(self.size, generator=generator) < 0.5 * self.recipe.hflip).to(device)

@@ -18,6 +18,7 @@ _CHOICES = dict(
 )
 _POSITIVE = ("epochs", "batch_size", "grad_accumulation", "lr", "decay_rate")
 _NOT_NEGATIVE = ("weight_decay", "clip_grad", "warmup_epochs", "min_lr", "crop_padding", "mixup", "cutmix")
+_NOT_NEGATIVE += ("mix_images", "batch_noise_images")
 _BELOW_ONE = ("momentum", "label_smoothing", "ema_decay")
 # timm passes over sections without a digit and sets of transforms that it does not know
 _AUTO_AUGMENT = re.compile(r"(rand|augmix|(?!rand|augmix)\w+)(-(t(weights|3aw?)|[a-z]+\d[\d.]*))*")
@@ -66,6 +67,7 @@ class Recipe:
     opt_args: dict[str, Any] = field(default_factory=dict)  # further ones of timm's optimizer: betas, eps
     weight_decay: float = 1e-4
     decay_norms: bool = True  # weight decay on norms, biases and gates too, as the authors do and timm does not
+    decay_gates: bool = True  # where norms are decayed; false spares the gates alone
     clip_grad: float = 0.0  # largest norm of the gradient; 0 for no limit
     sched: str = "multistep"
     milestones: tuple[int, ...] = (81, 122)  # epochs after which multistep multiplies the rate by decay_rate
@@ -87,6 +89,11 @@ class Recipe:
     compile: bool = False
     grad_checkpointing: bool = False  # runs layers twice, and so moves running statistics by twice their momentum
     sync_norms: bool = True  # with several processes
+    noise_scale: float = 1.0  # the constant noise attack on training: normalised features x become
+    noise_offset: float = 0.0  # x * noise_scale + noise_offset (see attacks.py); also evaluated with the noise kept
+    mix_data: str = ""  # the mix-dataset attack: the training split of this data set, named as `data`,
+    mix_images: int = 0  # of which so many images join each batch's statistics, not its loss
+    batch_noise_images: int = 0  # training images whose batch noise is measured after each epoch (see batch_noise.py)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -115,6 +122,11 @@ class Recipe:
         for name in _NOT_NEGATIVE:
             if not 0 <= getattr(self, name) < math.inf:
                 raise RecipeError(f"{name}: must not be negative, got {getattr(self, name)!r}")
+        for name in ("noise_scale", "noise_offset"):
+            if not math.isfinite(getattr(self, name)):
+                raise RecipeError(f"{name}: must be finite, got {getattr(self, name)!r}")
+        if bool(self.mix_data) != bool(self.mix_images):
+            raise RecipeError(f"mix_images: {self.mix_images} images of mix_data {self.mix_data!r}: set both or none")
         if self.min_lr > self.lr:
             raise RecipeError(f"min_lr: {self.min_lr} is more than lr {self.lr}")
         self._check_data_config()

@@ -21,6 +21,8 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .attacks import Strangers, add_constant_noise, noise_in_eval
+from .batch_noise import ANCHORS, batch_noise, check_size, choose_images
 from .build import create_model, create_optimizer, try_model
 from .checkpoint import CheckpointError, checkpoint_path, load_latest, save_checkpoint, write_atomically
 from .convert import convert_sync_batchnorm
@@ -66,6 +68,7 @@ class Trainer:
         output: Path,
         resume: bool = False,
         data_dir: str = "",
+        mix_data_dir: str = "",
         workers: int = 0,
         checkpoint_updates: int = 0,
         trackers: Sequence[str] = (),
@@ -89,7 +92,7 @@ class Trainer:
             raise RecipeError("precision: 'fp16' needs a GPU: use bf16 or no")
         on_main(lambda: check_output(recipe, output, resume))
         set_seed(recipe.seed)
-        self._build(data_dir, workers)
+        self._build(data_dir, mix_data_dir, workers)
         self.lock = folder_lock(output)
         on_main(lambda: open_folder(recipe, output, resume, self.lock))
         config = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in asdict(recipe).items()}
@@ -122,7 +125,7 @@ class Trainer:
         """Sums over an epoch: loss, correct, images, and the first batch whose loss was not finite."""
         return torch.tensor([0.0, 0.0, 0.0, math.inf], dtype=torch.float64, device=self.accelerator.device)
 
-    def _build(self, data_dir: str, workers: int) -> None:
+    def _build(self, data_dir: str, mix_data_dir: str, workers: int) -> None:
         recipe, accelerator = self.recipe, self.accelerator
         train_split, test_split, self.classes = open_data(recipe, data_dir)
         self.data = fingerprint(train_split, self.classes)
@@ -130,14 +133,31 @@ class Trainer:
             raise RecipeError("data: this process sees other images than the main one, see --data-dir")
         in_chans = train_split.images.shape[1] if isinstance(train_split, Images) else 3
         net = create_model(recipe, len(self.classes), in_chans)
+        if recipe.batch_noise_images and accelerator.num_processes > 1:
+            raise RecipeError(f"batch_noise_images: {recipe.batch_noise_images} are measured in one process only")
         share, self.data_config = make_share(net, train_split, accelerator, recipe.channels_last, recipe.data_config)
         self.train_loader = make_loader(train_split, share, self.data_config, recipe, workers)
         self.test_loader = make_loader(test_split, share, self.data_config, None, workers)
         if accelerator.num_processes > 1 and recipe.sync_norms:
             convert_sync_batchnorm(net)
+        self.is_noisy = (recipe.noise_scale, recipe.noise_offset) != (1.0, 0.0)
+        if self.is_noisy:
+            try:
+                add_constant_noise(net, recipe.noise_scale, recipe.noise_offset)
+            except ValueError as e:
+                raise RecipeError(f"noise_scale, noise_offset: {recipe.model!r}: {e}") from e
         layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
         self.net = net.to(accelerator.device, memory_format=layout)
         try_model(recipe, net, self.data_config["input_size"], len(self.classes))
+        size = self.data_config["input_size"]
+        self.strangers = Strangers(recipe, share, size, mix_data_dir) if recipe.mix_data else None
+        self.noise_images = None
+        if count := recipe.batch_noise_images:
+            try:
+                check_size(count, ANCHORS, self.train_loader.batch_size)
+                self.noise_images = choose_images(train_split, count, share, self.data_config)
+            except ValueError as e:
+                raise RecipeError(f"batch_noise_images: {e}") from e
         self.ema = ModelEmaV3(net, recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
         self.mixup = None
         if recipe.mixup or recipe.cutmix:
@@ -273,9 +293,11 @@ class Trainer:
             seed_everything(recipe.seed, self.epoch, self.step, accelerator.process_index, 1)
             images, targets = self.mixup(images, labels) if self.mixup else (images, labels)
             smoothing = 0.0 if self.mixup else recipe.label_smoothing
+            if self.strangers:
+                images = self.strangers.join(images, self.epoch, self.step)
             with accelerator.accumulate(self.model):
                 with accelerator.autocast():
-                    logits = self.model(images)
+                    logits = self.model(images)[: len(labels)]
                     loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
                 accelerator.backward(loss)
                 if recipe.clip_grad and accelerator.sync_gradients:
@@ -339,6 +361,12 @@ class Trainer:
             row |= dict(train_loss=loss_sum / seen, train_top1=100 * correct / seen)
             self._share_statistics()
             row |= evaluate(self.result, self.test_loader, accelerator)
+            if self.is_noisy:
+                with noise_in_eval(self.result):
+                    noisy = evaluate(self.result, self.test_loader, accelerator)
+                row["test_top1_with_noise"] = noisy["test_top1"]
+            if self.noise_images:
+                row |= batch_noise(self.net, *self.noise_images, batch_size=self.train_loader.batch_size)
             row |= dict(images_per_second=images / seconds, seconds=time.perf_counter() - started)
             self._check_finite()
             if not math.isfinite(row["test_loss"]):
@@ -389,6 +417,7 @@ def train(
     output: str | Path,
     resume: bool = False,
     data_dir: str = "",
+    mix_data_dir: str = "",
     workers: int = 0,
     checkpoint_updates: int = 500,
     trackers: Sequence[str] = (),
@@ -400,6 +429,7 @@ def train(
         output: the folder to write; must not exist, unless `resume`.
         resume: go on with an unfinished run, if there is one; return the result of a finished one.
         data_dir: where the data is on this machine; see `data.open_split`.
+        mix_data_dir: the same for the recipe's `mix_data`.
         workers: processes that load images, where the recipe's loader is timm's.
         checkpoint_updates: a checkpoint after so many updates, beside that after each epoch; 0 for none.
         trackers: of `TRACKERS`, through accelerate.
@@ -417,7 +447,7 @@ def train(
         return row
     if workers < 0 or checkpoint_updates < 0:
         raise RecipeError(f"workers and checkpoint_updates must not be negative, got {workers}, {checkpoint_updates}")
-    trainer = Trainer(recipe, output, resume, data_dir, workers, checkpoint_updates, trackers)
+    trainer = Trainer(recipe, output, resume, data_dir, mix_data_dir, workers, checkpoint_updates, trackers)
     try:
         return trainer.fit()
     finally:

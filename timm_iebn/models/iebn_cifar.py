@@ -1,12 +1,14 @@
-"""The 32x32 networks of the CIFAR literature, with batch norm and with IEBN (`_iebn`), from timm's own classes.
+"""The 32x32 networks of the CIFAR literature, from timm's own classes: with batch norm, with IEBN (`_iebn`), and with
+batch norm and squeeze-and-excitation (`_se`), IEBN's usual alternative.
 
 A class here only exchanges the stem of timm's, which is made for 224x224, for the 3x3 convolution of stride 1.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import BatchNormAct2d, create_conv2d
+from timm.layers import BatchNormAct2d, SEModule, create_conv2d
 from timm.models import generate_default_cfgs
 from timm.models._efficientnet_builder import decode_arch_def
 from timm.models._features import feature_take_indices
@@ -24,6 +26,14 @@ def _stem(in_chans: int, out_chans: int, device: Any, dtype: Any) -> nn.Conv2d:
     conv = nn.Conv2d(in_chans, out_chans, 3, padding=1, bias=False, device=device, dtype=dtype)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return conv
+
+
+def _add_se(model: nn.Module, name: str) -> None:
+    """Puts squeeze-and-excitation behind the convolution `name` of every block, where timm's blocks have no place."""
+    for block in [m for m in model.modules() if isinstance(getattr(m, name, None), nn.Conv2d)]:
+        conv = getattr(block, name)
+        like = dict(device=conv.weight.device, dtype=conv.weight.dtype)
+        setattr(block, name, nn.Sequential(conv, SEModule(conv.out_channels, **like)))
 
 
 class _FourTaps:
@@ -54,12 +64,14 @@ class CifarResNet(_FourTaps, ResNet):
         depth: int,
         channels: tuple[int, int, int] = (16, 32, 64),
         stem_chans: int = 16,
+        se: bool = False,
         in_chans: int = 3,
         device: Any = None,
         dtype: Any = None,
         **kwargs: Any,
     ) -> None:
-        kwargs = dict(zero_init_last=False) | kwargs
+        block_args = dict(block_args=dict(attn_layer="se")) if se else {}
+        kwargs = dict(zero_init_last=False) | block_args | kwargs
         # timm's plain stem is 64 wide; its deep stem takes any width
         super().__init__(
             block,
@@ -86,6 +98,7 @@ class CifarResNetV2(_FourTaps, ResNetV2):
         self,
         depth: int,
         channels: tuple[int, int, int],
+        se: bool = False,
         in_chans: int = 3,
         device: Any = None,
         dtype: Any = None,
@@ -96,6 +109,8 @@ class CifarResNetV2(_FourTaps, ResNetV2):
         self.stem = nn.Sequential()
         self.stem.add_module("conv", _stem(in_chans, kwargs["stem_chs"], device, dtype))
         self.stem_feat_idx = 0
+        if se:
+            _add_se(self, "conv2" if kwargs.get("basic") else "conv3")
         for info, reduction in zip(self.feature_info, (1, 1, 2, 4), strict=True):
             info["reduction"] = reduction
 
@@ -103,11 +118,15 @@ class CifarResNetV2(_FourTaps, ResNetV2):
 class CifarDenseNet(DenseNet):
     """timm's DenseNet-BC with a 3x3 stem that feeds the first block directly (Huang et al., 1608.06993)."""
 
-    def __init__(self, in_chans: int = 3, device: Any = None, dtype: Any = None, **kwargs: Any) -> None:
+    def __init__(
+        self, se: bool = False, in_chans: int = 3, device: Any = None, dtype: Any = None, **kwargs: Any
+    ) -> None:
         super().__init__(in_chans=in_chans, device=device, dtype=dtype, **kwargs)
         self.features.conv0 = _stem(in_chans, self.features.conv0.out_channels, device, dtype)
         self.features.norm0 = nn.Identity()
         self.features.pool0 = nn.Identity()
+        if se:
+            _add_se(self, "conv2")
         for info in self.feature_info:
             info["reduction"] = max(1, info["reduction"] // 4)
 
@@ -115,7 +134,7 @@ class CifarDenseNet(DenseNet):
 class CifarMobileNetV2(EfficientNet):
     """timm's MobileNetV2 x1.0 with its first two strides taken out, so that 32x32 images end at 4x4."""
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, se: bool = False, **kwargs: Any) -> None:
         stages = (
             "ds_r1_k3_s1_c16",
             "ir_r2_k3_s2_e6_c24",
@@ -125,7 +144,9 @@ class CifarMobileNetV2(EfficientNet):
             "ir_r3_k3_s2_e6_c160",
             "ir_r1_k3_s1_e6_c320",
         )
-        super().__init__(decode_arch_def([[stage] for stage in stages]), **dict(act_layer="relu6") | kwargs)
+        suffix = "_se0.25" if se else ""
+        definition = decode_arch_def([[stage + suffix] for stage in stages])
+        super().__init__(definition, **dict(act_layer="relu6") | kwargs)
         self.conv_stem.stride = self.blocks[1][0].conv_dw.stride = (1, 1)
         for info in self.feature_info:
             info["reduction"] = max(1, info["reduction"] // 4)
@@ -180,7 +201,7 @@ default_cfgs = generate_default_cfgs(
     {
         tagged: cfg
         for name, (cls, _) in _ROWS.items()
-        for network in (name, f"{name}_iebn")
+        for network in (name, f"{name}_iebn", f"{name}_se")
         for tagged, cfg in _cfgs(network, _cfg(*_LAYOUT[cls])).items()
     }
 )
@@ -196,7 +217,9 @@ def _define(name: str) -> None:
     def build(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
         return build_with_cfg(model_cls, variant, pretrained, **dict(args, feature_cfg=dict(feature_cfg)) | kwargs)
 
-    define_model(__name__, name, f"`{model_cls.__name__}` for 32x32 images, with batch norm.", build)
+    what = f"`{model_cls.__name__}` for 32x32 images, with batch norm"
+    define_model(__name__, name, f"{what}.", build)
+    define_model(__name__, f"{name}_se", f"{what} and squeeze-and-excitation.", partial(build, se=True))
     define_iebn_twin(__name__, name, feature_cfg)
 
 

@@ -1,0 +1,176 @@
+"""A study: networks trained by one recipe under several conditions and seeds, compared with error bars.
+
+A folder of zoo/studies/ holds its study.yaml, what every run of it left (recipe, log, versions; no weights), and what
+is written from these: a table and curves.
+"""
+
+import json
+import re
+import shutil
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import yaml
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from scipy.stats import ttest_rel
+
+from .model_folder import read_log
+from .recipe import RecipeError, load_recipe
+
+RUN_FILES = ("recipe.yaml", "log.csv", "environment.txt")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run of a study."""
+
+    name: str
+    row: str
+    network: str
+    seed: int
+    overrides: list[str]  # of the study's recipe, as scripts/train.py takes them
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a study.yaml says."""
+
+    folder: Path
+    title: str
+    text: str  # what is asked and how, in Markdown
+    recipe: str  # its file, from the root of the repository
+    networks: dict[str, dict[str, Any]]  # overrides of the recipe by name; the others are compared with the first one
+    seeds: list[int]
+    rows: dict[str, dict[str, Any]]  # conditions: further overrides by name
+    columns: dict[str, str]  # of the log, with what they are called
+
+    @property
+    def runs(self) -> list[Run]:
+        """All runs, in an order that completes comparisons early."""
+        runs = []
+        for seed, (row, condition), (network, own) in product(self.seeds, self.rows.items(), self.networks.items()):
+            overrides = [f"{k}={json.dumps(v)}" for k, v in (condition | own | dict(seed=seed)).items()]
+            name = re.sub(r"[^\w.]+", "_", f"{row}.{network}.seed{seed}")
+            runs.append(Run(name, row, network, seed, overrides))
+        return runs
+
+    def log(self, run: Run) -> list[dict[str, float]] | None:
+        """The epochs of `run`, if it has been made."""
+        path = self.folder / "runs" / run.name / "log.csv"
+        return read_log(path) if path.exists() else None
+
+    def logs(self, row: str, network: str) -> dict[int, list[dict[str, float]]]:
+        """The logs of the runs made of `row` and `network`, by seed."""
+        found = {run.seed: self.log(run) for run in self.runs if (run.row, run.network) == (row, network)}
+        return {seed: log for seed, log in found.items() if log}
+
+
+def load_study(folder: Path) -> Study:
+    """The study in `folder`.
+
+    Raises:
+        RecipeError: its study.yaml is not one, or some run has no possible recipe.
+    """
+    try:
+        values = yaml.safe_load((folder / "study.yaml").read_text(encoding="utf-8"))
+        study = Study(folder=folder, **values)
+    except (OSError, TypeError, yaml.YAMLError) as e:
+        keys = ", ".join(f.name for f in fields(Study)[1:])
+        raise RecipeError(f"{folder / 'study.yaml'} is no study, which has the keys {keys}: {e}") from e
+    for run in study.runs:
+        load_recipe(study.recipe, run.overrides)
+    return study
+
+
+def keep(study: Study, run: Run, output: Path) -> None:
+    """Takes what documents `run` from the model folder `output` that it has written."""
+    folder = study.folder / "runs" / run.name
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for name in RUN_FILES:
+        shutil.copyfile(output / name, partial / name)
+    partial.rename(folder)
+
+
+def mean_and_spread(values: Sequence[float]) -> str:
+    """Mean, standard deviation and number of `values`."""
+    if len(values) < 2:
+        return f"{values[0]:.2f} (one seed)" if values else "-"
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} ({len(values)} seeds)"
+
+
+def paired_difference(ours: dict[int, float], baseline: dict[int, float]) -> str:
+    """The mean difference of runs of one seed, and its 95 % confidence interval by Student's t."""
+    seeds = sorted(ours.keys() & baseline.keys())
+    pairs = [ours[s] for s in seeds], [baseline[s] for s in seeds]
+    if not seeds:
+        return "-"
+    mean = statistics.mean(a - b for a, b in zip(*pairs, strict=True))
+    if len(seeds) < 2:
+        return f"{mean:+.2f}"
+    low, high = ttest_rel(*pairs).confidence_interval(0.95)
+    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
+
+
+def report(study: Study) -> str:
+    """The study's README.md: what it asks, and what its logs say."""
+    baseline, *_ = study.networks
+    head = [f"{name} | against {baseline}" for name in study.columns.values()]
+    lines = [f"| | Norm | {' | '.join(head)} |", f"|---|---|{'---|---|' * len(head)}"]
+    for row, network in product(study.rows, study.networks):
+        cells = []
+        for column in study.columns:
+            last, base = (
+                {seed: log[-1][column] for seed, log in study.logs(row, n).items()} for n in (network, baseline)
+            )
+            cells += [mean_and_spread([*last.values()]), "" if network == baseline else paired_difference(last, base)]
+        lines.append(f"| {row} | {network} | {' | '.join(cells)} |")
+    made = sum(study.log(run) is not None for run in study.runs)
+    return f"""\
+<!-- written by scripts/study.py -->
+# {study.title}
+
+{study.text.strip()}
+
+Figures are those of the last epoch: mean and standard deviation over seeds; differences are those of runs of one seed,
+with their 95 % confidence interval. {made} of {len(study.runs)} runs are made; each one's recipe, log and versions
+are in `runs/`. The rest, or all of them again:
+
+    python scripts/study.py zoo/studies/{study.folder.name}
+
+{chr(10).join(lines)}
+
+![Curves](curves.png)
+"""
+
+
+def plot(study: Study, path: Path) -> None:
+    """The columns over the epochs, for each condition, as PNG: mean and range over seeds."""
+    rows, columns = list(study.rows), study.columns
+    size = (3.2 * len(rows) + 1, 2.6 * len(columns) + 0.4)
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(len(columns), len(rows), squeeze=False, sharex="col", sharey="row")
+    for (i, (column, label)), (j, row) in product(enumerate(columns.items()), enumerate(rows)):
+        axes = grid[i][j]
+        for k, network in enumerate(study.networks):
+            curves = [[epoch[column] for epoch in log] for log in study.logs(row, network).values()]
+            if curves:
+                at, points = range(1, len(curves[0]) + 1), list(zip(*curves, strict=True))
+                axes.plot(at, [statistics.mean(p) for p in points], f"C{k}.-", label=f"{network} ({len(curves)})")
+                axes.fill_between(at, *([f(p) for p in points] for f in (min, max)), color=f"C{k}", alpha=0.2)
+        axes.grid(alpha=0.3)
+        if i == 0:
+            axes.set_title(row, fontsize=9)
+        if j == 0:
+            axes.set_ylabel(label, fontsize=8)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    grid[-1][0].set_xlabel("epoch")
+    if handles := grid[0][0].get_legend_handles_labels()[0]:
+        grid[0][0].legend(handles=handles, fontsize=7)
+    figure.savefig(path, dpi=110)
