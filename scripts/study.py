@@ -15,21 +15,15 @@ from pathlib import Path
 from threading import Lock
 
 from timm_iebn.recipe import RecipeError
-from timm_iebn.study import Run, Study, keep, load_study, plot, report
+from timm_iebn.study import Run, Study, keep, load_study, write_report
 
 ROOT = Path(__file__).parents[1]
-
-
-def write_report(study: Study) -> None:
-    """README.md and curves.png of a study."""
-    (study.folder / "README.md").write_text(report(study), encoding="utf-8")
-    plot(study, study.folder / "curves.png")
 
 
 def make(study: Study, run: Run, output: Path, arguments: list[str]) -> int:
     """One run, in a process of its own; its exit status."""
     folder = output / study.folder.name / run.name
-    command = [sys.executable, str(ROOT / "scripts" / "train.py"), "--recipe", study.recipe, "--resume"]
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), "--recipe", str(study.recipe_path), "--resume"]
     command += ["--output", str(folder), *arguments, *run.overrides]
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{folder}.txt", "a") as log:

@@ -10,6 +10,7 @@ With --check nothing is written; the exit status is 1 if something is out of lin
 
 import argparse
 import sys
+from itertools import chain
 from pathlib import Path
 
 import timm
@@ -17,6 +18,7 @@ import timm
 from timm_iebn.card import make_card, make_warm_start_card
 from timm_iebn.models._registry import WARM_START
 from timm_iebn.results import compare, plot_results, results_table, short_table
+from timm_iebn.study import load_study, report, write_report
 from timm_iebn.zoo import model_folders, read_config
 
 ROOT = Path(__file__).parents[1]
@@ -24,11 +26,18 @@ ZOO_README = """\
 <!-- written by scripts/update_zoo.py -->
 # Zoo
 
-Top-1 accuracy on the test split after the last epoch, mean and standard deviation over seeds; both norms of a network
-were trained by one recipe. Images per second are those of inference, measured by `scripts/zoo_speed.py`.
+Top-1 accuracy on the test split after the last epoch, mean and standard deviation over seeds; all norms of a network
+were trained by one recipe. Differences from batch norm are those of runs of one seed, with their 95 % confidence
+interval by Student's t. Images per second are those of inference, measured by `scripts/zoo_speed.py`.
 `timm_iebn.list_zoo()` gives the same in Python. A run's folder holds its weights, card, recipe, log and curves.
 
 ![Accuracy against cost](results.png)
+
+"""
+STUDIES = """
+## Studies
+
+What the paper claims, put to the test: each a table with error bars, curves, and the logs of every run.
 
 """
 WARM_STARTS = """
@@ -52,15 +61,23 @@ def texts(root: Path) -> dict[Path, str]:
     networks = dict.fromkeys(name.split(".")[0] for name in timm.list_pretrained(f"*_iebn.{WARM_START}*"))
     networks = [name for name in networks if name not in trained]
     links = "\n".join(f"- [{name}](warm_starts/{name}.md)" for name in networks)
+    titles = {folder.name: load_study(folder).title for folder in study_folders(zoo)}
+    studies = "".join(f"- [{title}](studies/{name}/README.md)\n" for name, title in titles.items())
     found = {zoo / "warm_starts" / f"{name}.md": str(make_warm_start_card(name)) for name in networks}
     found |= {
         root / "README.md": before + BEGIN + short_table(zoo) + END + after,
-        zoo / "README.md": ZOO_README + results_table(zoo) + WARM_STARTS + links + "\n",
+        zoo / "README.md": ZOO_README + results_table(zoo) + STUDIES + studies + WARM_STARTS + links + "\n",
     }
     for comparison in compare(path.parent for path in sorted(zoo.glob("*/recipe.yaml"))):
-        for folder in (*comparison.sides[0].values(), *comparison.sides[1].values()):
+        for folder in chain(*(side.values() for side in comparison.sides)):
             found[folder / "README.md"] = str(make_card(folder, comparison))
+    found |= {folder / "README.md": report(load_study(folder)) for folder in study_folders(zoo)}
     return found
+
+
+def study_folders(zoo: Path) -> list[Path]:
+    """The studies that there are."""
+    return sorted(path.parent for path in zoo.glob("studies/*/study.yaml"))
 
 
 def main() -> int:
@@ -79,6 +96,8 @@ def main() -> int:
             path.write_text(text, encoding="utf-8")
     if not is_check:
         plot_results(ROOT / "zoo", ROOT / "zoo" / "results.png")
+        for folder in study_folders(ROOT / "zoo"):
+            write_report(load_study(folder))
     return int(is_check and bool(stale))
 
 

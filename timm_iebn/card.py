@@ -24,10 +24,11 @@ _IEBN = (
     "whose scale is gated, for each image and channel, by the channel's mean in that image. It costs two parameters "
     "for each channel and needs no other change to the network."
 )
-_BATCH_NORM = (
-    "The batch-norm twin of `{model}_iebn`, trained by the same recipe to compare "
-    "[IEBN](https://arxiv.org/abs/1908.04008) with."
+_TWIN = (
+    "The {} twin of `{{model}}_iebn`, trained by the same recipe to compare [IEBN](https://arxiv.org/abs/1908.04008) "
+    "with."
 )
+_TWINS = [_TWIN.format(norm) for norm in ("batch-norm", "", "squeeze-and-excitation")]
 
 _CITATION = """\
 @article{liang2019iebn,
@@ -49,7 +50,7 @@ def make_card(folder: Path, comparison: Comparison | None = None, source: str = 
     training, model, size = config["training"], config["architecture"], config["pretrained_cfg"]["input_size"]
     (own,) = compare([folder])
     comparison = comparison or own
-    is_iebn = bool(own.sides[1])
+    (side,) = (i for i, runs in enumerate(own.sides) if runs)
     data = recipe.data.removeprefix("hfds/")
     on_hub = recipe.data.startswith("hfds/") and bool(re.fullmatch(r"[\w.-]+/[\w.-]+", data))
     metrics = (("Top 1 Accuracy", "accuracy", "test_top1"), ("Top 5 Accuracy", "accuracy@5", "test_top5"))
@@ -76,32 +77,37 @@ def make_card(folder: Path, comparison: Comparison | None = None, source: str = 
             for name, metric_type, key in metrics
         ],
     )
+    twin = model.removesuffix("_se")
+    notes = [*training.get("notes", ())]
+    if recipe.mix_data or (recipe.noise_scale, recipe.noise_offset) != (1.0, 0.0):
+        notes.append("Trained under a noise attack, as `recipe.yaml` says: it is for study, not for use.")
     sides = [
         dict(
-            norm=f"**{norm}**" if side == is_iebn else norm,
-            parameters=count(comparison.config(side)["parameters"]),
-            macs=count(comparison.config(side)["macs"]),
-            top1=comparison.mean(side),
-            paper=f"{comparison.paper[side]:.2f}" if comparison.paper else "",
-            runs=", ".join(path.resolve().name for _, path in sorted(comparison.sides[side].items())),
+            norm=f"**{norm}**" if i == side else norm,
+            parameters=count(comparison.config(i)["parameters"]),
+            macs=count(comparison.config(i)["macs"]),
+            top1=comparison.mean(i),
+            difference=comparison.difference(i),
+            paper=f"{paper:.2f}" if paper else "-",
+            runs=", ".join(path.resolve().name for _, path in sorted(comparison.sides[i].items())),
         )
-        for side, norm in enumerate(NORMS)
-        if comparison.sides[side]
+        for i, (norm, paper) in enumerate(zip(NORMS, comparison.paper, strict=True))
+        if comparison.sides[i]
     ]
     return ModelCard.from_template(
         card_data,
         template_path=str(TEMPLATE),
         title=f"{model}{', fine-tuned' if recipe.pretrained else ''} on {data.rpartition('/')[2]}",
-        about=_IEBN if is_iebn else _BATCH_NORM.format(model=model) if timm.is_model(f"{model}_iebn") else "",
+        about=_IEBN if side == 1 else _TWINS[side].format(model=twin) if timm.is_model(f"{twin}_iebn") else "",
         sides=sides,
-        paper=comparison.paper,
+        paper=any(comparison.paper),
         top1=training["test_top1"],
         top5=training["test_top5"],
         test_split=recipe.test_split,
         epochs=recipe.epochs,
         seed=recipe.seed,
         spread=max(map(len, comparison.sides)) > 1,
-        runs=len(comparison.sides[is_iebn]),
+        runs=len(comparison.sides[side]),
         source=source or f"hf-hub:{hub_id(folder, NAMESPACE)}",
         mode="L" if size[0] == 1 else "RGB",
         input_size=", ".join(map(str, size)),
@@ -112,7 +118,7 @@ def make_card(folder: Path, comparison: Comparison | None = None, source: str = 
         pretrained=recipe.pretrained,
         start=training.get("base_model") or recipe.model.partition(":")[0],
         small=size[1] < 64,
-        notes=training.get("notes", ()),
+        notes=notes,
         citation=_CITATION,
     )
 

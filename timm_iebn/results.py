@@ -2,23 +2,45 @@
 
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 from matplotlib.figure import Figure
+from scipy.stats import ttest_rel
 
 from .recipe import Recipe, load_recipe
 from .zoo import read_config, read_speeds
 
-NORMS = ("batch norm", "IEBN")
+NORMS = ("batch norm", "IEBN", "squeeze-and-excitation")  # the last one behind batch norm
+_SUFFIXES = ("", "_iebn", "_se")  # of the networks' names
 
 # arXiv 1908.04008: batch norm, IEBN
 _PAPER = {("resnet164_cifar", "cifar100"): (74.29, 77.09)}
 
-Sides = tuple[dict[int, Path], dict[int, Path]]  # model folders by seed, with batch norm and with IEBN
+Sides = tuple[dict[int, Path], ...]  # model folders by seed, for each of `NORMS`
+
+
+def mean_and_spread(values: Sequence[float]) -> str:
+    """Mean, standard deviation and number of `values`."""
+    if len(values) < 2:
+        return f"{values[0]:.2f} (one seed)" if values else "-"
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} ({len(values)} seeds)"
+
+
+def paired_difference(ours: dict[int, float], baseline: dict[int, float]) -> str:
+    """The mean difference of runs of one seed, and its 95 % confidence interval by Student's t."""
+    seeds = sorted(ours.keys() & baseline.keys())
+    pairs = [ours[s] for s in seeds], [baseline[s] for s in seeds]
+    if not seeds:
+        return "-"
+    mean = statistics.mean(a - b for a, b in zip(*pairs, strict=True))
+    if len(seeds) < 2:
+        return f"{mean:+.2f}"
+    low, high = ttest_rel(*pairs).confidence_interval(0.95)
+    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
 @dataclass
@@ -37,22 +59,25 @@ class Comparison:
         return self.recipe.data.rpartition("/")[2]
 
     @property
-    def paper(self) -> tuple[float, float] | None:
-        return None if self.recipe.pretrained else _PAPER.get((self.recipe.model, self.data))
+    def paper(self) -> tuple[float | None, ...]:
+        """What the paper reports for each side, in percent."""
+        found = None if self.recipe.pretrained else _PAPER.get((self.recipe.model, self.data))
+        return (*(found or (None, None)), None)
 
     def config(self, side: int) -> dict[str, Any]:
         """The config.json of a run of that side."""
         return read_config(next(iter(self.sides[side].values())))
 
-    def top1(self, side: int) -> list[float]:
-        return [read_config(folder)["training"]["test_top1"] for folder in self.sides[side].values()]
+    def top1(self, side: int) -> dict[int, float]:
+        """The last epoch's top-1 by seed, in percent."""
+        return {seed: read_config(folder)["training"]["test_top1"] for seed, folder in self.sides[side].items()}
 
     def mean(self, side: int) -> str:
-        """Mean and standard deviation of the last epoch's top-1, in percent."""
-        top1 = self.top1(side)
-        if len(top1) < 2:
-            return f"{top1[0]:.2f} (one seed)" if top1 else "-"
-        return f"{statistics.mean(top1):.2f} ± {statistics.stdev(top1):.2f} ({len(top1)} seeds)"
+        return mean_and_spread([*self.top1(side).values()])
+
+    def difference(self, side: int) -> str:
+        """From batch norm."""
+        return paired_difference(self.top1(side), self.top1(0)) if side else ""
 
 
 def compare(folders: Iterable[Path]) -> list[Comparison]:
@@ -61,13 +86,15 @@ def compare(folders: Iterable[Path]) -> list[Comparison]:
     Raises:
         ValueError: two folders hold the same run.
     """
-    rows: dict[str, Sides] = defaultdict(lambda: ({}, {}))  # by the recipe without norm and seed
+    rows: dict[str, Sides] = defaultdict(lambda: tuple({} for _ in NORMS))  # by the recipe without norm and seed
     for folder in folders:
         recipe, model = load_recipe(folder / "recipe.yaml"), read_config(folder)["architecture"]
         model_args = {k: v for k, v in recipe.model_args.items() if k != "norm_layer"}
-        is_iebn = model.endswith("_iebn") or str(recipe.model_args.get("norm_layer")).startswith("iebn")
-        key = replace(recipe, model=model.removesuffix("_iebn"), model_args=model_args, seed=0).to_yaml()
-        runs = rows[key][is_iebn]
+        side = next((i for i, suffix in enumerate(_SUFFIXES) if i and model.endswith(suffix)), 0)
+        if str(recipe.model_args.get("norm_layer")).startswith("iebn"):
+            side = 1
+        key = replace(recipe, model=model.removesuffix(_SUFFIXES[side]), model_args=model_args, seed=0).to_yaml()
+        runs = rows[key][side]
         if recipe.seed in runs:
             raise ValueError(f"{folder.name} is the same run as {runs[recipe.seed].name}: remove one of them")
         runs[recipe.seed] = folder
@@ -82,8 +109,8 @@ def count(number: int) -> str:
 def results_table(zoo: Path) -> str:
     """The results of all model folders in `zoo` as a Markdown table."""
     lines = [
-        "| Network | Data | Epochs | Norm | Parameters | MACs | Images/s | Top-1, % | Paper, % | Runs |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| Network | Data | Epochs | Norm | Parameters | MACs | Images/s | Top-1, % | Difference | Paper, % | Runs |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     speeds = read_speeds(zoo)
     for row in compare(path.parent for path in sorted(zoo.glob("*/recipe.yaml"))):
@@ -92,20 +119,23 @@ def results_table(zoo: Path) -> str:
                 continue
             config = row.config(side)
             speed = ", ".join(f"{v:.0f} ({k})" for k, v in speeds.get(config["architecture"], {}).items()) or "-"
-            paper = f"{row.paper[side]:.2f}" if row.paper else "-"
+            paper = f"{row.paper[side]:.2f}" if row.paper[side] else "-"
             logs = " ".join(f"[seed {seed}]({path.name})" for seed, path in sorted(row.sides[side].items()))
             cost = count(config["parameters"]), count(config["macs"]), speed
-            cells = row.name, row.data, str(row.recipe.epochs), norm, *cost, row.mean(side), paper, logs
+            result = row.mean(side), row.difference(side), paper
+            cells = row.name, row.data, str(row.recipe.epochs), norm, *cost, *result, logs
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def short_table(zoo: Path) -> str:
     """One line for each network trained from scratch with both norms: what a README has room for."""
-    lines = ["| Network | Data | Epochs | Batch norm, top-1 % | IEBN, top-1 % |", "|---|---|---|---|---|"]
+    lines = ["| Network | Data | Epochs | Batch norm, top-1 % | IEBN, top-1 % | Difference |"]
+    lines.append("|---|---|---|---|---|---|")
     for row in compare(path.parent for path in sorted(zoo.glob("*/recipe.yaml"))):
-        if all(row.sides) and not row.recipe.pretrained:
-            lines.append(f"| {row.name} | {row.data} | {row.recipe.epochs} | {row.mean(0)} | {row.mean(1)} |")
+        if all(row.sides[:2]) and not row.recipe.pretrained:
+            cells = row.name, row.data, str(row.recipe.epochs), row.mean(0), row.mean(1), row.difference(1)
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -114,11 +144,11 @@ def plot_results(zoo: Path, path: Path) -> None:
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for row in compare(path.parent for path in sorted(zoo.glob("*/recipe.yaml"))):
-        for side, (norm, color) in enumerate(zip(NORMS, ("tab:gray", "tab:blue"), strict=True)):
-            if top1 := row.top1(side):
+        for side, (norm, color) in enumerate(zip(NORMS, ("tab:gray", "tab:blue", "tab:orange"), strict=True)):
+            if top1 := [*row.top1(side).values()]:
                 bar = statistics.stdev(top1) if len(top1) > 1 else None
                 at = row.config(side)["macs"], statistics.mean(top1)
-                axes.errorbar(*at, yerr=bar, fmt="os"[side], color=color, capsize=3, label=norm)
+                axes.errorbar(*at, yerr=bar, fmt="os^"[side], color=color, capsize=3, label=norm)
         axes.annotate(
             f"{row.name}\n{row.data}, {row.recipe.epochs} epochs", at, xytext=(6, -14), textcoords="offset points"
         )

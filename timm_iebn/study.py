@@ -8,7 +8,6 @@ import json
 import re
 import shutil
 import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import product
 from pathlib import Path
@@ -17,10 +16,10 @@ from typing import Any
 import yaml
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from scipy.stats import ttest_rel
 
 from .model_folder import read_log
 from .recipe import RecipeError, load_recipe
+from .results import mean_and_spread, paired_difference
 
 RUN_FILES = ("recipe.yaml", "log.csv", "environment.txt")
 
@@ -43,11 +42,15 @@ class Study:
     folder: Path
     title: str
     text: str  # what is asked and how, in Markdown
-    recipe: str  # its file, from the root of the repository
+    recipe: str  # its file, from the study's folder
     networks: dict[str, dict[str, Any]]  # overrides of the recipe by name; the others are compared with the first one
     seeds: list[int]
     rows: dict[str, dict[str, Any]]  # conditions: further overrides by name
     columns: dict[str, str]  # of the log, with what they are called
+
+    @property
+    def recipe_path(self) -> Path:
+        return self.folder / self.recipe
 
     @property
     def runs(self) -> list[Run]:
@@ -83,7 +86,7 @@ def load_study(folder: Path) -> Study:
         keys = ", ".join(f.name for f in fields(Study)[1:])
         raise RecipeError(f"{folder / 'study.yaml'} is no study, which has the keys {keys}: {e}") from e
     for run in study.runs:
-        load_recipe(study.recipe, run.overrides)
+        load_recipe(study.recipe_path, run.overrides)
     return study
 
 
@@ -98,24 +101,10 @@ def keep(study: Study, run: Run, output: Path) -> None:
     partial.rename(folder)
 
 
-def mean_and_spread(values: Sequence[float]) -> str:
-    """Mean, standard deviation and number of `values`."""
-    if len(values) < 2:
-        return f"{values[0]:.2f} (one seed)" if values else "-"
-    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} ({len(values)} seeds)"
-
-
-def paired_difference(ours: dict[int, float], baseline: dict[int, float]) -> str:
-    """The mean difference of runs of one seed, and its 95 % confidence interval by Student's t."""
-    seeds = sorted(ours.keys() & baseline.keys())
-    pairs = [ours[s] for s in seeds], [baseline[s] for s in seeds]
-    if not seeds:
-        return "-"
-    mean = statistics.mean(a - b for a, b in zip(*pairs, strict=True))
-    if len(seeds) < 2:
-        return f"{mean:+.2f}"
-    low, high = ttest_rel(*pairs).confidence_interval(0.95)
-    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
+def write_report(study: Study) -> None:
+    """README.md and curves.png of a study."""
+    (study.folder / "README.md").write_text(report(study), encoding="utf-8")
+    plot(study, study.folder / "curves.png")
 
 
 def report(study: Study) -> str:

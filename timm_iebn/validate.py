@@ -1,18 +1,20 @@
 """Evaluation of a network by its name: a registered one, a model folder, or a repository on the Hub."""
 
 from pathlib import Path
+from typing import Any
 
 import timm
 from accelerate import Accelerator
+from torch import nn
 
 from .build import suggestion
 from .data import open_test_data
 from .evaluate import evaluate
-from .loaders import make_loader, make_share
+from .loaders import Loader, make_loader, make_share
 from .recipe import Recipe, RecipeError, load_recipe
 
 
-def validate(
+def open_network(
     name: str,
     accelerator: Accelerator,
     data: str | None = None,
@@ -20,8 +22,8 @@ def validate(
     test_split: str | None = None,
     loader: str | None = None,
     workers: int = 0,
-) -> dict[str, float]:
-    """Loss, top-1 and top-5 of the network `name` on a test split, in float32, each image counted once.
+) -> tuple[nn.Module, Loader, Recipe]:
+    """The network `name` on its device, with the test batches that it can be evaluated on, and what they are.
 
     Args:
         name: a registered name (with or without tag), a model folder, or hf-hub:ID. A folder remembers its data.
@@ -42,7 +44,16 @@ def validate(
         odd = next(f"{a!r} is {b!r}" for a, b in zip(known, classes, strict=True) if a != b)
         raise RecipeError(f"{name} knows other classes than {recipe.data!r}: {odd} there")
     share, data_config = make_share(model, test, accelerator, recipe.channels_last)
-    return evaluate(model.to(accelerator.device), make_loader(test, share, data_config, workers=workers), accelerator)
+    return model.to(accelerator.device), make_loader(test, share, data_config, workers=workers), recipe
+
+
+def validate(name: str, accelerator: Accelerator, *args: Any, **kwargs: Any) -> dict[str, float]:
+    """Loss, top-1 and top-5 of a network on a test split, in float32, each image counted once.
+
+    Arguments and errors are those of `open_network`.
+    """
+    model, batches, _ = open_network(name, accelerator, *args, **kwargs)
+    return evaluate(model, batches, accelerator)
 
 
 def _recipe(name: str, given: dict[str, str]) -> Recipe:
