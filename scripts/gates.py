@@ -48,9 +48,9 @@ def main() -> int:
     lines = [
         f"# The gates of {name}",
         "",
-        f"Top-1 {before:.2f} % as trained, {after:.2f} % with every gate frozen at its mean and nothing trained again: so",
-        "much does this network rely on gates that look at the image. What they are worth in training is its difference",
-        f"from a batch-norm twin. All gates started at {START:.4f}.",
+        f"Top-1 {before:.2f} % as trained, {after:.2f} % with every gate frozen at its mean and nothing trained again:",
+        "so much does this network rely on gates that look at the image. What they are worth in training is its",
+        f"difference from a batch-norm twin. All gates started at {START:.4f}.",
         "",
         "| Layer | Mean | 5 % | 95 % | Deviation over images | Share between classes |",
         "|---|---|---|---|---|---|",

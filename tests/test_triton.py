@@ -1,8 +1,10 @@
 """The fused kernels: in Triton's interpreter on CPU, on the device itself where there is a CUDA GPU."""
 
+import importlib
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -14,12 +16,13 @@ from timm.models.resnet import BasicBlock, Bottleneck
 
 import timm_iebn
 from timm_iebn.models._fused import fuse_blocks
-from timm_iebn.ops import backend, iebn, iebn_reference
+from timm_iebn.ops import backend, iebn, iebn_reference, uses_triton
 from timm_iebn.ops.activations import ACTIVATIONS
-from timm_iebn.ops.backend import _triton_works
 
 triton = pytest.importorskip("timm_iebn.ops.triton", reason="Triton is not installed: pip install triton")
 custom = pytest.importorskip("timm_iebn.ops.custom")
+
+backends = importlib.import_module("timm_iebn.ops.backend")  # the function has the module's name
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(4, 8, 7, 5), (1, 3, 6, 6), (6, 5, 1, 1), (3, 1, 33, 2), (2, 77, 9, 9), (1, 24, 70, 71)]
@@ -57,15 +60,14 @@ def test_a_large_mean_cancels_nothing(mode, layout):
     check(fused, *draw((4, 6, 33, 31), mean=100.0), mode, 100.0, torch.float32, layout)
 
 
-@pytest.mark.parametrize(("shape", "rounds"), [((260, 1, 2, 1), (2, 1)), ((65, 1, 65, 64), (1, 2))], ids=str)
+@pytest.mark.parametrize(("shape", "rounds"), [((130, 1, 2, 1), (2, 1)), ((65, 1, 65, 64), (1, 3))], ids=str)
 def test_more_images_or_parts_than_are_merged_at_once(shape, rounds, monkeypatch):
     monkeypatch.setattr(triton, "_PROGRAMS", 1000)
-    triton._grid_of.cache_clear()
+    monkeypatch.setattr(triton, "_grid_of", triton._grid_of.__wrapped__)
     grid = triton._grid(torch.empty(shape, device=DEVICE))
     blocks = grid.merge_blocks
     assert (-(-shape[0] // blocks["BLOCK_N"]), -(-grid.parts // blocks["BLOCK_P"])) == rounds
     check(fused, *draw(shape), "train", 0.0, torch.float32, torch.contiguous_format)
-    triton._grid_of.cache_clear()
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -228,6 +230,8 @@ def test_the_operators_take_dense_input_only():
         custom.iebn_op(*every_other)
     with pytest.raises(RuntimeError, match=r"of shape \[0, 8, 6, 6\]"):
         custom.iebn_op(x[:0], *params, None, None, None, 1e-5, "")
+    with pytest.raises(RuntimeError, match=r"vectors of shapes \[\[8\], \[8\], \[8\], \[4\]\]"):
+        custom.iebn_op(x, *params[:3], params[3][:4], None, None, None, 1e-5, "")
     # backward gets from hooks what they like
     _, *found = custom.iebn_op(x, *params, None, None, None, 1e-5, "")
     tail = *params[:3], None, None, *found, True, 1e-5, ""
@@ -305,44 +309,60 @@ def test_two_ranks_are_one_batch(path, tmp_path):
 
 
 COMPILE = """
-import sys
+import re, subprocess, sys, tempfile
 from triton import compile
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
-from timm_iebn.ops import triton_kernels as kernels
+from timm_iebn.ops import triton as passes, triton_kernels as kernels
 
-dtype, capability, channels_last, align, given = sys.argv[1], *map(int, sys.argv[2:])
+dtype, capability, n, c, size, channels_last, given = sys.argv[1], *map(int, sys.argv[2:])
+passes._PROGRAMS = 528  # as on a GPU with 132 multiprocessors
+grid = passes._grid_of(n, c, size, bool(channels_last), None)
+numbers = dict(zip(("C", "L", "parts", "part"), grid.shape), N=n)
 tensors = "x_ptr residual_ptr y_ptr g_ptr result_ptr dresidual_ptr dx_ptr".split()
-optional = "square_ptr weight_ptr bias_ptr residual_ptr result_ptr dresidual_ptr sums_ptr".split()
-blocks = dict(BLOCK_C=64, BLOCK_L=64, WIDE=False, BLOCK_N=16, BLOCK_P=4, ACT="silu")
-blocks |= dict(CHANNELS_LAST=bool(channels_last), ALIGN_C=align, ALIGN_L=align)
+optional = "square mean_NC mean_C weight bias residual result dresidual sums".split()
+needed = [("normalize", "mean_NC_ptr"), ("merge_gradients", "mean_NC_ptr"), ("merge_gradients", "sums_ptr")]
 for name in "statistics merge_statistics normalize reduce merge_gradients grad_input".split():
     kernel = getattr(kernels, f"{name}_kernel")
+    blocks = (grid.merge_blocks if "merge" in name else grid.blocks) | dict(ACT="relu")
     signature, constants, attributes = {}, {}, {}
     for i, argument in enumerate(kernel.arg_names):
-        is_output = name == "merge_gradients" and argument == "sums_ptr"
         if argument in blocks:
             signature[argument], constants[i,] = "constexpr", blocks[argument]
-        elif not given and argument in optional and not is_output:
+        elif not given and argument.removesuffix("_ptr") in optional and (name, argument) not in needed:
             signature[argument], constants[i,] = "constexpr", None
-        elif not given and argument in ("C", "L", "parts"):  # as Triton takes an integer of 1
-            signature[argument], constants[i,] = "constexpr", 1
+        elif argument == "residual_ptr" and name == "reduce":  # the result tells more
+            signature[argument], constants[i,] = "constexpr", None
         elif argument.endswith("_ptr"):
             signature[argument] = "*" + (dtype if argument in tensors else "fp32")
             attributes[i,] = [["tt.divisibility", 16]]
+        elif argument not in numbers:
+            signature[argument] = "fp32"
+        elif numbers[argument] == 1 and argument not in ("N", "parts"):  # as Triton specialises
+            signature[argument], constants[i,] = "constexpr", 1
         else:
-            signature[argument] = "fp32" if argument in ("eps", "count") else "i32"
-            attributes[i,] = [["tt.divisibility", 16]] if argument == "part" else []
+            signature[argument] = "i32"
+            if numbers[argument] % 16 == 0 and argument not in ("N", "parts"):
+                attributes[i,] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
-    ptx = compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
-    print(name, ptx.count("ld.global.v4"), ptx.count("st.global.v4"), ptx.count("st.global.b16"))
+    options = dict(num_warps=blocks.get("num_warps", 4))
+    ptx = compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        target = re.search(r"\\.target (\\w+)", ptx)[1]
+        command = [get_ptxas(capability).path, "-v", f"--gpu-name={target}", file.name, "-o", "/dev/null"]
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    spilled = sum(map(int, re.findall(r"(\\d+) bytes spill", said)))
+    print(name, ptx.count("ld.global.v4"), ptx.count("st.global.v4"), ptx.count("st.global.b16"), spilled)
 """
 
 
 def compile_kernels(*arguments):
-    """Counts of wide loads, wide stores and narrow stores by kernel, compiled without a GPU.
+    """Counts of wide loads, wide stores and narrow stores, and bytes of spilled registers, by kernel.
 
-    Needed besides the interpreter, which takes what the compiler does not.
+    It needs no GPU. The interpreter takes what the compiler does not.
     """
     command = [sys.executable, "-c", COMPILE, *map(str, arguments)]
     result = subprocess.run(
@@ -354,20 +374,32 @@ def compile_kernels(*arguments):
     return found
 
 
-@pytest.mark.parametrize("layout", [0, 1], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize(
-    ("dtype", "capability", "align"), [("bf16", 90, 16), ("bf16", 90, 8), ("fp16", 80, 8), ("fp32", 90, 4)]
+    ("dtype", "capability", "shape", "layout"),
+    [
+        ("bf16", 90, (256, 64, 112 * 112), 1),
+        ("bf16", 90, (256, 24, 56 * 56), 1),
+        ("fp16", 80, (256, 256, 56 * 56), 0),
+        ("fp32", 90, (2, 64, 112 * 112), 0),
+    ],
+    ids=str,
 )
-def test_the_kernels_compile_for_gpus_and_move_sixteen_bytes_at_once(dtype, capability, align, layout):
-    """With 24 channels, or planes of 14 x 14 in float32, too."""
-    found = compile_kernels(dtype, capability, layout, align, 1)
+def test_the_kernels_compile_for_gpus_and_move_sixteen_bytes_at_once(dtype, capability, shape, layout):
+    found = compile_kernels(dtype, capability, *shape, layout, 1)
     assert all(found[name][0] for name in ("statistics", "normalize", "reduce", "grad_input"))
     assert all(found[name][1] and not found[name][2] for name in ("normalize", "reduce", "grad_input"))
+    assert not any(counts[3] for counts in found.values())
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("shape", [(256, 2048, 49), (1, 1, 1)], ids=str)
+def test_the_kernels_compile_for_planes_of_odd_size_and_spill_nothing(shape, dtype):
+    assert not any(counts[3] for counts in compile_kernels(dtype, 90, *shape, 0, 1).values())
 
 
 @pytest.mark.parametrize("layout", [0, 1], ids=["nchw", "nhwc"])
 def test_the_kernels_compile_without_what_may_be_missing(layout):
-    compile_kernels("bf16", 90, layout, 1, 0)
+    compile_kernels("bf16", 90, 2, 3, 1, layout, 0)
 
 
 # ---- the choice
@@ -385,9 +417,23 @@ def test_the_choice_of_the_backend():
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU on which the kernels run")
-def test_a_device_where_triton_does_not_run_is_left_to_torch_with_a_warning():
-    with pytest.warns(UserWarning, match="takes torch's operations on cuda:0, its fused kernels do not run: .+"):
-        assert not _triton_works.__wrapped__(torch.device("cuda", 0))
+def test_a_device_where_triton_does_not_run_is_left_to_torch_with_a_warning(monkeypatch):
+    """Chosen for an input as on such a device, which is all that this machine lacks."""
+    x = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0), dim=lambda: 4, is_floating_point=lambda: True)
+    monkeypatch.setattr(triton, "supports", lambda _: True)
+    monkeypatch.setattr(backends, "_tried", {})
+    with pytest.warns(UserWarning, match="takes torch's operations on cuda:0, its kernels do not run: .+"):
+        assert not uses_triton(x)
+    assert not uses_triton(x)  # and is not tried again
+    monkeypatch.setattr(backends, "_tried", {x.device: True})
+    assert uses_triton(x)
+
+
+def test_triton_is_refused_at_once_where_there_is_no_gpu_for_it():
+    code = "import timm_iebn; timm_iebn.set_backend('triton')"
+    environment = os.environ | dict(TRITON_INTERPRET="0", CUDA_VISIBLE_DEVICES="")
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert result.returncode and "RuntimeError: the backend 'triton' needs a CUDA GPU; 'auto'" in result.stderr
 
 
 def test_what_the_kernels_cannot_take_is_named_where_they_are_forced():
@@ -424,7 +470,9 @@ def test_a_layer_gives_the_same_with_every_backend(chosen, act_layer):
     [("resnet20_cifar_iebn", True), ("mobilenetv3_small_100_iebn", False)],
 )
 def test_a_network_gives_the_same_fused_and_unfused(name, training):
-    net = randomize(timm.create_model(name, num_classes=5)).to(DEVICE).train(training)
+    # of a ReLU, one input within rounding of 0 would change gradients everywhere
+    act = dict(act_layer="silu") if training else {}
+    net = randomize(timm.create_model(name, num_classes=5, **act)).to(DEVICE).train(training)
     x, found = torch.randn(2, 3, 32, 32, device=DEVICE), []
     state = {k: v.clone() for k, v in net.state_dict().items()}
     for chosen in ("eager", "triton"):
@@ -471,7 +519,12 @@ def test_blocks_fuse_the_addition_and_do_not_where_someone_looks(monkeypatch):
         net(x)
         assert (seen.count((False, "relu")), seen.count((True, "relu")), len(seen)) == (9, 9, 19)
         seen.clear()
-        net.layer1[0].bn2.register_full_backward_pre_hook(lambda *_: None)
+        hook = net.layer1[0].bn2.register_full_backward_pre_hook(lambda *_: None)
+        net(x)
+        assert (seen.count((False, "relu")), seen.count((True, "relu")), len(seen)) == (8, 8, 19)
+        hook.remove()
+        seen.clear()
+        net.layer1[0].bn1.forward = net.layer1[0].bn1.forward  # as accelerate puts weights in place
         net(x)
     assert (seen.count((False, "relu")), seen.count((True, "relu")), len(seen)) == (8, 8, 19)
 
@@ -517,17 +570,18 @@ def test_every_shape_of_a_network_on_the_gpu(name, size, dtype, layout):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("shape", [(2**26 + 1, 2, 4, 4), (1, 2**15 + 8, 256, 256)], ids=["batch", "image"])
+@pytest.mark.parametrize("shape", [(2**15 + 1, 2, 256, 128), (1, 2**15 + 8, 256, 256)], ids=["batch", "image"])
 def test_more_values_than_32_bits_can_count(shape, training):
     """The last of them, forward and backward, is what it is in a batch, or among channels, of few."""
     n, c = shape[:2]
-    x = torch.randn(1, 2, *shape[2:], device="cuda", dtype=torch.bfloat16)
-    large = x.repeat(n, c // 2, 1, 1).requires_grad_()  # the same values again and again, and so the same statistics
-    small = x.repeat(2, 1, 1, 1).requires_grad_()
+    x, g = torch.randn(2, 1, 2, *shape[2:], device="cuda", dtype=torch.bfloat16)
     found = []
-    for t in (large, small):
-        y = timm_iebn.IEBN2d(t.shape[1]).cuda().train(training)(t)
-        (dx,) = torch.autograd.grad(y, t, t.detach())
+    for repeats in ((n, c // 2, 1, 1), (2, 1, 1, 1)):  # the same values again and again, and so the same statistics
+        leaf = x.repeat(repeats).requires_grad_()
+        y = timm_iebn.IEBN2d(leaf.shape[1]).cuda().train(training)(leaf)
+        (dx,) = torch.autograd.grad(y, leaf, g.repeat(repeats))
         found.append((y[-1:, -2:].detach().clone(), dx[-1:, -2:].clone()))
-        del y, dx
-    torch.testing.assert_close(*found)
+        del leaf, y, dx
+    for large, small in zip(*found, strict=True):
+        assert small.abs().max() > 0.1
+        torch.testing.assert_close(large, small, rtol=0.02, atol=0.01)

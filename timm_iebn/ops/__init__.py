@@ -1,5 +1,7 @@
 """IEBN as functions: `iebn()` checks its input and takes the path that `backend` chooses."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -24,10 +26,6 @@ __all__ = [
     "set_backend",
     "uses_triton",
 ]
-
-
-# a compiler leaves the exchange between ranks, and what lies around it, as it is
-_iebn_synchronised = torch.compiler.disable(iebn_eager)
 
 
 def check_input(x: Tensor, num_features: int, batch: bool) -> None:
@@ -113,19 +111,32 @@ def iebn(
     symbolic = tracing or torch.compiler.is_compiling() or type(x) is not Tensor or x.is_meta
     share = batch_share(num_batches_tracked, momentum, training)
     formula = uses_reference() or symbolic or _is_transformed()
-    behind = residual, act
-    if group is None and torch.compiler.is_compiling() and _can_fuse(x, residual):
-        y, behind = _compiled(*tensors, training, share, eps, residual, act), (None, "")
-    elif group is None and formula:
-        y = iebn_reference(*tensors, training, share, eps)
+    if group is not None:
+        y = _synchronised(*tensors, training, share, eps, group, residual, act)
+    elif torch.compiler.is_compiling() and _can_fuse(x, residual):
+        y = _compiled(*tensors, training, share, eps, residual, act)
+    elif formula:
+        y = _followed(iebn_reference(*tensors, training, share, eps), residual, act)
     else:
-        path = iebn_eager if group is None else _iebn_synchronised
-        fused, behind = (behind, (None, "")) if _can_fuse(x, residual) else ((None, ""), behind)
-        y = path(*tensors, training, share, eps, group, *fused)
+        y = _eager(*tensors, training, share, eps, group, residual, act)
     if training and num_batches_tracked is not None:
         num_batches_tracked.add_(1)
-    residual, act = behind
+    return y
+
+
+def _followed(y: Tensor, residual: Tensor | None, act: str) -> Tensor:
     return ACTIVATIONS[act](y if residual is None else y + residual)
+
+
+def _eager(x: Tensor, *args: Any) -> Tensor:
+    *args, residual, act = args
+    if _can_fuse(x, residual):
+        return iebn_eager(x, *args, residual, act)
+    return _followed(iebn_eager(x, *args), residual, act)
+
+
+# a compiler leaves the exchange between ranks, and what lies around it, as it is
+_synchronised = torch.compiler.disable(_eager)
 
 
 def _can_fuse(x: Tensor, residual: Tensor | None) -> bool:

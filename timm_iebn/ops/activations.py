@@ -5,6 +5,7 @@ from collections.abc import Callable
 from timm.layers import activations as timm_activations
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "": lambda x: x,
@@ -26,10 +27,9 @@ _MODULES = {
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether someone looks at what goes in or out of `module`, which must then be called."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    """Whether someone looks at what goes in or out of `module`, or has replaced its `forward`: it must be called."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(hooks) or "forward" in module.__dict__ or _has_any_global_hook()
 
 
 def activation_name(module: nn.Module) -> str | None:

@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from types import ModuleType
 
 import torch
@@ -13,11 +12,12 @@ from . import cpu, passes
 
 try:
     from . import triton
-except ImportError:  # Triton comes with torch's CUDA builds only
+except ImportError:  # it comes with torch's builds for GPUs only
     triton = None
 
 BACKENDS = ("auto", "reference", "eager", "triton")
 _chosen = "auto"
+_tried: dict[torch.device, bool] = {}  # whether Triton has run there
 
 
 def set_backend(name: str) -> None:
@@ -29,13 +29,15 @@ def set_backend(name: str) -> None:
 
     Raises:
         ValueError: there is no such backend.
-        RuntimeError: Triton is not installed.
+        RuntimeError: Triton is not installed, or there is no CUDA GPU.
     """
     global _chosen
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
     if name == "triton" and triton is None:
         raise RuntimeError("the backend 'triton' needs Triton: pip install triton")
+    if name == "triton" and not (torch.cuda.is_available() or triton.INTERPRETED):
+        raise RuntimeError("the backend 'triton' needs a CUDA GPU; 'auto' takes the best one for each input")
     _chosen = name
 
 
@@ -60,17 +62,23 @@ def uses_reference() -> bool:
     return _chosen == "reference"
 
 
-@lru_cache
 def _triton_works(device: torch.device) -> bool:
-    """Whether Triton can compile for `device` and run there. A compiler and drivers are needed for it."""
-    try:
-        if torch.cuda.get_device_capability(device) < (7, 0):
-            raise RuntimeError("Triton needs a GPU of compute capability 7.0 or later")
-        triton.statistics(torch.zeros(1, 1, 1, 1, device=device), batch=False)
-    except Exception as e:  # whatever a compiler or a driver raises
-        warnings.warn(f"IEBN takes torch's operations on {device}, its fused kernels do not run: {e}", stacklevel=2)
-        return False
-    return True
+    """Whether Triton can compile for `device` and run there, for which it needs a compiler and drivers."""
+    if device not in _tried:
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            return True  # no time to try
+        try:
+            if torch.cuda.get_device_capability(device) < (7, 0):
+                raise RuntimeError("Triton needs a GPU of compute capability 7.0 or later")
+            triton.statistics(torch.zeros(1, 1, 1, 1, device=device), batch=False)
+            _tried[device] = True
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as e:  # whatever a compiler or a driver raises
+            _tried[device] = False
+            reason = f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"
+            warnings.warn(f"IEBN takes torch's operations on {device}, its kernels do not run: {reason}", stacklevel=3)
+    return _tried[device]
 
 
 def uses_triton(x: Tensor) -> bool:
@@ -81,6 +89,8 @@ def uses_triton(x: Tensor) -> bool:
     """
     if triton is None or _chosen in ("reference", "eager") or (_chosen == "auto" and not x.is_cuda):
         return False
+    if x.dim() != 4 or not x.is_floating_point():
+        return False  # `iebn` says so
     if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0:
         return False  # dispatch modes must see operations
     if not triton.supports(x):

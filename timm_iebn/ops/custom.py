@@ -25,10 +25,12 @@ def iebn_op(
     """The output (N, C, H, W); instance means and gates (N, C); and mean and biased variance (C,), which are those of
     the batch where none are given.
     """
-    if not triton.supports(x):
+    vectors = [v.shape for v in (weight, bias, gate_weight, gate_bias, mean, var) if v is not None]
+    fits = all(shape == x.shape[1:2] for shape in vectors) and (residual is None or residual.shape == x.shape)
+    if not (fits and triton.supports(x)):
         raise RuntimeError(
             f"timm_iebn::iebn can't take {x.dtype} input of shape {list(x.shape)} with strides {x.stride()} on "
-            f"{x.device}: timm_iebn.ops.iebn takes all"
+            f"{x.device} and vectors of shapes {list(map(list, vectors))}: timm_iebn.ops.iebn takes all"
         )
     mean_NC, *batch = triton.statistics(x, mean is None)
     mean, var = batch if mean is None else (mean.float().clone(), var.float().clone())

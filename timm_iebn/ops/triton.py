@@ -21,8 +21,9 @@ from .activations import FROM_RESULT
 from .layouts import is_channels_last, is_dense, like
 
 _TILE = 4096  # values that a program holds at once
+_WARPS = 8  # that hold them: with half as many, planes of odd size, read value by value, overflow the registers
 _PROGRAMS = 8  # for each multiprocessor, before planes are cut in parts
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as the kernels are, from their import on
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as the kernels are, from their import on
 
 
 @dataclass(frozen=True)
@@ -65,15 +66,16 @@ def _grid_of(n: int, c: int, size: int, channels_last: bool, cuda_device: int | 
     blocks = dict(BLOCK_C=block_c, BLOCK_L=block_l, WIDE=c * size >= 2**31, CHANNELS_LAST=channels_last)
     aligned = dict(ALIGN_C=gcd(c, 16), ALIGN_L=gcd(size, 16))
     # few channels in a program of the merging kernels, because its time is what all others wait for
-    merge = dict(BLOCK_N=min(256, triton.next_power_of_2(n)), BLOCK_C=min(8, triton.next_power_of_2(c)))
-    merge["BLOCK_P"] = min(256 // merge["BLOCK_N"], triton.next_power_of_2(parts))
+    merge = dict(BLOCK_N=min(128, triton.next_power_of_2(n)), BLOCK_C=min(8, triton.next_power_of_2(c)))
+    merge["BLOCK_P"] = min(128 // merge["BLOCK_N"], triton.next_power_of_2(parts))
     merge_programs = triton.cdiv(c, merge["BLOCK_C"])
-    return _Grid(rows * parts, (c, size, parts, part), blocks | aligned, merge_programs, merge)
+    merge["ALIGN_C"] = aligned["ALIGN_C"]
+    return _Grid(rows * parts, (c, size, parts, part), blocks | aligned | dict(num_warps=_WARPS), merge_programs, merge)
 
 
 def supports(x: Tensor) -> bool:
     """Whether these passes can take `x`."""
-    on_device = x.is_cuda or (x.is_cpu and _INTERPRETED)
+    on_device = x.is_cuda or (x.is_cpu and INTERPRETED)
     plain = torch.compiler.is_compiling() or not x.is_neg()  # which a compiler can't ask
     dtypes = torch.float32, torch.bfloat16, torch.float16
     return on_device and is_dense(x) and plain and x.numel() > 0 and x.dtype in dtypes
@@ -110,12 +112,12 @@ def statistics(x: Tensor, batch: bool) -> tuple[Tensor, Tensor | None, Tensor | 
     means = x.new_empty(n, grid.parts, c, dtype=torch.float32)
     squares, mean, var = (means.new_empty(shape) if batch else None for shape in (means.shape, c, c))
     _launch(x, kernels.statistics_kernel, grid.programs, x, means, squares, *grid.shape, **grid.blocks)
-    mean_NC = means.view(n, c) if grid.parts == 1 else means.new_empty(n, c)
+    mean_NC = means.new_empty(n, c) if grid.parts > 1 else None
     if batch or grid.parts > 1:
         tensors = means, squares, mean_NC, mean, var
         merge = kernels.merge_statistics_kernel
         _launch(x, merge, grid.merge_programs, *tensors, n, *grid.shape, **grid.merge_blocks)
-    return mean_NC, mean, var
+    return means.view(n, c) if mean_NC is None else mean_NC, mean, var
 
 
 def normalize(

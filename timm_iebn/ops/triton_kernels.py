@@ -124,22 +124,24 @@ def statistics_kernel(
 @triton.jit(do_not_specialize=["N", "parts"])  # which change with the batch
 def merge_statistics_kernel(
     mean_ptr, square_ptr,  # (N, parts, C)
-    mean_NC_ptr,  # (N, C)
-    mean_C_ptr, var_ptr,  # (C,)
+    mean_NC_ptr,  # (N, C), or None with one part, whose means they are
+    mean_C_ptr, var_ptr,  # (C,), or None with `square_ptr`
     N, C, L, parts, part,
-    BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    ALIGN_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    C = C // ALIGN_C * ALIGN_C
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     sums = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     for start in range(0, N, BLOCK_N):
         n = (start + tl.arange(0, BLOCK_N)).to(tl.int64)
-        mask = (n < N)[:, None] & (c < C)[None, :]
         mean = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
         for first in range(0, parts, BLOCK_P):
             i, offsets, found = _parts(n, first, c, N, C, parts, BLOCK_P)
             share = tl.minimum(part, L - i * part).to(tl.float32) / L
             mean += tl.sum(tl.load(mean_ptr + offsets, found, 0.0) * share[None, :, None], 1)
-        tl.store(mean_NC_ptr + n[:, None] * C + c[None, :], mean, mask)
+        if mean_NC_ptr is not None:
+            mask = (n < N)[:, None] & (c < C)[None, :]
+            tl.store(mean_NC_ptr + n[:, None] * C + c[None, :], mean, mask)
         sums += mean
     if square_ptr is not None:
         mean_C = tl.sum(sums, 0) / N
@@ -242,8 +244,9 @@ def merge_gradients_kernel(
     grads_ptr,  # (4, C): of weight, bias, gate_weight and gate_bias
     sums_ptr,  # (2, C)
     N, C, parts, eps,
-    BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    ALIGN_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    C = C // ALIGN_C * ALIGN_C
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inv = tl.rsqrt(tl.load(var_ptr + c, c < C, 1.0) + eps)
     weight = _vector(weight_ptr, c, c < C, 1.0)
