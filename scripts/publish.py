@@ -46,8 +46,7 @@ def _show(plans: list[Plan], revisions: dict[str, str], tag: str | None) -> None
         words = (f"{n} {word}" for n, word in zip(counts, ("new", "changed", "removed", "unchanged"), strict=True) if n)
         done = plan.repo in revisions
         table.add_row(plan.repo, ", ".join(words), revisions.get(plan.repo, "not published"), tag if done else "")
-    console = Console()
-    console.print(table, width=None if console.is_terminal else 200)
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
 def main() -> int:
@@ -65,7 +64,8 @@ def main() -> int:
     try:
         names = [folder.resolve().name for folder in args.folder]
         if len(set(names)) < len(names):
-            raise PublishError("two of the folders have one name, and so would be one repository")
+            twice = next(name for name in names if names.count(name) > 1)
+            raise PublishError(f"two of the folders have the name {twice}, and so would be one repository")
         contents = {folder: check_folder(folder) for folder in args.folder}
         for folder in args.folder if args.evaluate else ():
             _reevaluate(folder, args.data_dir)

@@ -19,7 +19,7 @@ from timm_iebn.card import make_card, make_warm_start_card
 from timm_iebn.models._registry import WARM_START
 from timm_iebn.results import compare, plot_results, results_table, short_table
 from timm_iebn.study import load_study, report, write_report
-from timm_iebn.zoo import model_folders, read_config
+from timm_iebn.zoo import WEIGHTS, check_shipped, model_folders, read_config
 
 ROOT = Path(__file__).parents[1]
 ZOO_README = """\
@@ -68,7 +68,7 @@ def texts(root: Path) -> dict[Path, str]:
         root / "README.md": before + BEGIN + short_table(zoo) + END + after,
         zoo / "README.md": ZOO_README + results_table(zoo) + STUDIES + studies + WARM_STARTS + links + "\n",
     }
-    for comparison in compare(path.parent for path in sorted(zoo.glob("*/recipe.yaml"))):
+    for comparison in compare(sorted(model_folders(zoo))):
         for folder in chain(*(side.values() for side in comparison.sides)):
             found[folder / "README.md"] = str(make_card(folder, comparison))
     found |= {folder / "README.md": report(load_study(folder)) for folder in study_folders(zoo)}
@@ -84,7 +84,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     is_check = parser.parse_args().check
-    wanted = texts(ROOT)
+    try:
+        for folder in model_folders():
+            check_shipped(folder / WEIGHTS)
+        wanted = texts(ROOT)
+    except (RuntimeError, ValueError) as e:  # RecipeError too
+        sys.exit(f"update_zoo.py: {e}")
     if orphans := set((ROOT / "zoo" / "warm_starts").glob("*.md")) - wanted.keys():
         sys.exit(f"{', '.join(str(path.relative_to(ROOT)) for path in orphans)}: no such network; remove it")
     stale = {

@@ -17,20 +17,21 @@ import torch
 
 from timm_iebn.zoo import WEIGHTS, ZOO, model_folders, read_config
 
-FIELDS = ("architecture", "device", "batch_size", "images_per_second", "torch", "date")
+FIELDS = ("architecture", "input_size", "device", "batch_size", "images_per_second", "torch", "date")
 
 
-def measure(device: torch.device, repeats: int, batch_size: int) -> dict[str, float]:
-    """Images per second of each architecture in the zoo."""
+def measure(device: torch.device, repeats: int, batch_size: int) -> dict[tuple[str, str], float]:
+    """Images per second of each architecture and input size in the zoo."""
     networks, times = {}, {}
     for folder in model_folders():
         if not (folder / WEIGHTS).exists():
             continue
         config = read_config(folder)
         model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-        images = torch.randn(batch_size, *config["pretrained_cfg"]["input_size"])
+        size = config["pretrained_cfg"]["input_size"]
+        images = torch.randn(batch_size, *size)
         put = dict(device=device, memory_format=torch.channels_last)
-        networks[config["architecture"]] = model.to(**put), images.to(**put)
+        networks[config["architecture"], "x".join(map(str, size))] = model.to(**put), images.to(**put)
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     with torch.inference_mode():
         for _ in range(repeats + 2):
@@ -58,8 +59,8 @@ def main() -> None:
             others = [row for row in csv.DictReader(file) if row["device"] != name]
     about = dict(device=name, batch_size=args.batch_size, torch=torch.__version__, date=str(date.today()))
     rows = [
-        dict(architecture=architecture, images_per_second=f"{speed:.0f}", **about)
-        for architecture, speed in sorted(measure(device, args.repeats, args.batch_size).items())
+        dict(architecture=architecture, input_size=size, images_per_second=f"{speed:.0f}", **about)
+        for (architecture, size), speed in sorted(measure(device, args.repeats, args.batch_size).items())
     ]
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")

@@ -297,7 +297,7 @@ def test_the_tag_is_that_of_our_revision_whatever_others_do_meanwhile(hub, publi
 
 
 def test_two_folders_of_one_name_are_refused(publish, tmp_path):
-    refused(publish(str(copy(tmp_path))), "one name")
+    refused(publish(str(copy(tmp_path))), "have the name resnet20")
 
 
 def test_evaluation_again_finds_another_result(hub, publish, tmp_path):
@@ -389,8 +389,8 @@ def _claim(key, value):
         (_flip, "model.safetensors is not what config.json says"),
         (lambda f: (f / "weights.pth").write_bytes(b""), "weights.pth does not belong there"),
         (lambda f: (f / "recipe.yaml").unlink(), "recipe.yaml missing"),
-        (lambda f: (f / "log.csv").write_text("epoch\n"), "can't be read"),
-        (lambda f: (f / "config.json").write_text("{"), "can't be read"),
+        (lambda f: (f / "log.csv").write_text("epoch\n"), "log.csv has no epochs"),
+        (lambda f: (f / "config.json").write_text("{"), "config.json can't be read"),
         (_claim("test_top1", 99.0), "test_top1 is .* in log.csv, 99.0 in config.json"),
         (_claim("epochs", 164), "differ in epochs"),
         (_edit("README.md", "library_name: timm", "library_name: other"), "library_name"),
@@ -406,7 +406,7 @@ def _claim(key, value):
         (lambda f: (f / "curves.png").write_bytes(b"\x80\x04."), "curves.png is no PNG"),
         (lambda f: (f / "README.md").write_text("---\na: [\n---\n"), "can't be read"),
         (lambda f: (f / "recipe.yaml").write_text("nothing"), "can't be read"),
-        (_edit("README.md", "hf-hub:timm-iebn", "hf-hub:other"), "does not say how to load it"),
+        (_edit("README.md", "hf-hub:timm-iebn", "hf-hub:other"), "the card loads another repository"),
         (_edit("README.md", "license: apache-2.0\n", ""), "lacks a license"),
         (_edit("recipe.yaml", "hfds/uoft-cs", "hfds//home/me"), "a place on this machine as its data"),
     ],

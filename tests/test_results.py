@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from timm_iebn.model_folder import read_log
 from timm_iebn.recipe import Recipe, load_recipe
-from timm_iebn.results import plot_results, results_table, short_table
+from timm_iebn.results import paired_difference, plot_results, results_table, short_table
 from timm_iebn.zoo import model_folders, read_config
 
 ROOT = Path(__file__).parents[1]
@@ -18,11 +19,12 @@ ROOT = Path(__file__).parents[1]
 
 def add_run(zoo, name, top1, architecture=None, **recipe):
     recipe = Recipe(**dict(model="resnet164_cifar", data="hfds/uoft-cs/cifar100") | recipe)
-    folder = zoo / name
+    folder = zoo / f"{architecture or recipe.model}.{name}"
     folder.mkdir()
     (folder / "recipe.yaml").write_text(recipe.to_yaml())
     training = dict(test_top1=top1, epochs=recipe.epochs, seed=recipe.seed, pretrained=recipe.pretrained)
     config = dict(architecture=architecture or recipe.model, parameters=1_727_284, macs=247_000_000, training=training)
+    config["pretrained_cfg"] = dict(input_size=[3, 32, 32])
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -35,15 +37,20 @@ def test_runs_that_differ_in_norm_and_seed_are_compared(tmp_path):
     add_run(tmp_path, "b", 72.0, seed=1)
     add_run(tmp_path, "c", 75.0, model="resnet164_cifar_iebn")
     add_run(tmp_path, "d", 60.0, lr=0.2)
-    (tmp_path / "speed.csv").write_text("architecture,device,images_per_second\nresnet164_cifar,CPU,61.6\n")
-    (bn, iebn, other) = cells(results_table(tmp_path))
+    speeds = "architecture,input_size,device,images_per_second\nresnet164_cifar,3x32x32,CPU,61.6\n"
+    (tmp_path / "speed.csv").write_text(speeds)
+    add_run(tmp_path, "e", 72.0, model="resnet164_cifar_se")
+    add_run(tmp_path, "f", 74.0, model="resnet164_cifar_se", seed=1)
+    (bn, iebn, se, other) = cells(results_table(tmp_path))
     assert bn[:4] == ["resnet164_cifar", "cifar100", "164", "batch norm"]
-    assert bn[4:9] == ["1.727 M", "247 M", "62 (CPU)", "71.00 ± 1.41 (2 seeds)", "74.29"]
-    assert iebn[3] == "IEBN" and iebn[6:9] == ["-", "75.00 (one seed)", "77.09"]
+    assert bn[4:10] == ["1.727 M", "247 M", "62 (CPU)", "71.00 ± 1.41 (2 seeds)", "", "74.29"]
+    assert iebn[3] == "IEBN" and iebn[6:10] == ["-", "75.00 (one seed)", "+5.00", "77.09"]
+    assert se[3] == "squeeze-and-excitation" and se[7:10] == ["73.00 ± 1.41 (2 seeds)", "+2.00 [+2.00, +2.00]", "-"]
     assert other[7] == "60.00 (one seed)"
-    assert bn[9] == "[seed 0](a) [seed 1](b)" and iebn[9] == "[seed 0](c)"
+    assert bn[10] == "[seed 0](resnet164_cifar.a) [seed 1](resnet164_cifar.b)"
+    assert iebn[10] == "[seed 0](resnet164_cifar_iebn.c)"
     ((name, data, epochs, *both),) = cells(short_table(tmp_path))
-    assert both == ["71.00 ± 1.41 (2 seeds)", "75.00 (one seed)"]
+    assert both == ["71.00 ± 1.41 (2 seeds)", "75.00 (one seed)", "+5.00"]
 
 
 def test_a_network_stands_on_the_side_of_its_norm(tmp_path):
@@ -51,15 +58,28 @@ def test_a_network_stands_on_the_side_of_its_norm(tmp_path):
     add_run(tmp_path, "a", 98.0, model="local-dir:somewhere", **tuned)
     add_run(tmp_path, "b", 50.0, model="resnet50", model_args=dict(norm_layer="iebn"))
     (tuned, own) = cells(results_table(tmp_path))
-    assert tuned[0] == "resnet20_cifar, fine-tuned" and tuned[3] == "IEBN" and tuned[7:9] == ["98.00 (one seed)", "-"]
+    assert (
+        tuned[0] == "resnet20_cifar, fine-tuned"
+        and tuned[3] == "IEBN"
+        and tuned[7:10] == ["98.00 (one seed)", "-", "-"]
+    )
     assert own[0] == "resnet50" and own[3] == "IEBN" and own[7] == "50.00 (one seed)"
 
 
 def test_a_copy_is_no_second_seed(tmp_path):
     add_run(tmp_path, "a", 70.0)
     add_run(tmp_path, "b", 70.0)
-    with pytest.raises(ValueError, match="b is the same run as a"):
+    with pytest.raises(ValueError, match="resnet164_cifar.b is the same run as resnet164_cifar.a"):
         results_table(tmp_path)
+
+
+@pytest.mark.parametrize(("seeds", "spread", "t"), [([0, 1], 2**0.5, 12.7062), ([0, 1, 2], 1.0, 4.3027)])
+def test_a_paired_difference_has_students_interval(seeds, spread, t):
+    """`t` is from a table: the 97.5th percentile for one degree of freedom less than there are seeds."""
+    ours, baseline = {0: 71.0, 1: 75.0, 2: 77.0, 7: 0.0}, {seed: (70.0, 72.0, 75.0)[seed] for seed in seeds}
+    half = t * spread / len(seeds) ** 0.5
+    assert paired_difference(ours, baseline) == f"+2.00 [{2 - half:+.2f}, {2 + half:+.2f}]"
+    assert paired_difference({0: 71.0}, baseline) == "+1.00" and paired_difference({7: 1.0}, baseline) == "-"
 
 
 def test_the_plot_shows_both_norms(tmp_path):
@@ -81,6 +101,27 @@ def test_what_is_written_about_the_zoo_agrees_with_its_folders():
             assert training[key] == getattr(recipe, key)
         for key in ("test_loss", "test_top1", "test_top5"):
             assert training[key] == pytest.approx(row[key], abs=6e-4)
+
+
+def test_what_is_wrong_with_the_zoo_is_said_in_a_line(tmp_path):
+    for name in ("zoo", "scripts", "timm_iebn"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("studies", "__pycache__"))
+    shutil.copyfile(ROOT / "README.md", tmp_path / "README.md")
+    run = tmp_path / "zoo" / "resnet20_cifar.cifar100_60epochs_seed0"
+
+    def check():
+        command = [sys.executable, tmp_path / "scripts" / "update_zoo.py", "--check"]
+        environment = os.environ | dict(PYTHONPATH=str(tmp_path))
+        return subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
+
+    shutil.copytree(run, run.with_name("resnet20_cifar.copy"))
+    assert "update_zoo.py: resnet20_cifar.copy is the same run as resnet20" in (result := check()).stderr
+    run.with_name("resnet20_cifar.copy").rename(run.with_name("misnamed"))
+    assert "misnamed is left out" in check().stderr and "misnamed" not in check().stdout
+    with open(run / "model.safetensors", "r+b") as file:
+        file.truncate(1000)
+    assert "model.safetensors is damaged" in check().stderr
+    assert result.returncode == 1 and "Traceback" not in result.stderr + check().stderr
 
 
 def test_one_command_starts_or_continues_the_whole_list(tmp_path):

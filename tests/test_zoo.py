@@ -68,7 +68,7 @@ def test_a_folder_of_others_is_left_out_with_a_warning(copied_zoo, config):
     other = copied_zoo.parent / "other.tag"
     other.mkdir()
     (other / "config.json").write_text(config)
-    with pytest.warns(UserWarning, match="other.tag/config.json is none of this trainer's"):
+    with pytest.warns(UserWarning, match="other.tag is left out"):
         assert model_folders(copied_zoo.parent) == [copied_zoo]
 
 

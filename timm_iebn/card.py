@@ -2,6 +2,7 @@
 
 import csv
 import re
+from itertools import chain
 from pathlib import Path
 
 import timm
@@ -81,6 +82,9 @@ def make_card(folder: Path, comparison: Comparison | None = None, source: str = 
     notes = [*training.get("notes", ())]
     if recipe.mix_data or (recipe.noise_scale, recipe.noise_offset) != (1.0, 0.0):
         notes.append("Trained under a noise attack, as `recipe.yaml` says: it is for study, not for use.")
+    for path in chain(*(runs.values() for runs in comparison.sides)):
+        if path.resolve() != folder.resolve():
+            notes += [f"Of {path.name} in the table: {note}" for note in read_config(path)["training"].get("notes", ())]
     sides = [
         dict(
             norm=f"**{norm}**" if i == side else norm,
@@ -116,7 +120,7 @@ def make_card(folder: Path, comparison: Comparison | None = None, source: str = 
         num_classes=config["num_classes"],
         data=f"[{data}](https://huggingface.co/datasets/{data})" if on_hub else f"`{data}`",
         pretrained=recipe.pretrained,
-        start=training.get("base_model") or recipe.model.partition(":")[0],
+        start=training.get("base_model") or recipe.model.rpartition("/")[2].removeprefix("local-dir:"),
         small=size[1] < 64,
         notes=notes,
         citation=_CITATION,

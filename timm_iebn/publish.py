@@ -6,14 +6,16 @@ import hashlib
 import io
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import safetensors.torch
 import timm
 import torch
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, constants
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -28,6 +30,7 @@ from .recipe import load_recipe
 from .zoo import NAMESPACE, WEIGHTS, HTTPError, hub_id
 
 _KEPT = {".gitattributes"}  # of the Hub's own
+_RESULTS = ("test_loss", "test_top1", "test_top5")
 _PNG = b"\x89PNG\r\n\x1a\n"
 _HUB_ERRORS = (HTTPError, OSError, ValueError, RuntimeError)  # the last two: of a card, of an upload
 
@@ -63,7 +66,7 @@ def check_folder(folder: Path) -> dict[str, bytes]:
     except PublishError:
         raise
     except KeyError as e:
-        raise PublishError(f"{folder}: config.json or log.csv lacks {e}") from e
+        raise PublishError(f"{folder}: config.json lacks {e}") from e
     except Exception as e:  # whatever a file that anybody may have written leads its reader to
         raise PublishError(f"{folder}: can't be read: {_one_line(e)}") from e
     return contents
@@ -86,14 +89,23 @@ def _read(folder: Path) -> dict[str, bytes]:
 
 
 def _check(folder: Path, contents: dict[str, bytes]) -> None:
-    config, recipe = json.loads(contents["config.json"]), load_recipe(folder / "recipe.yaml")
-    training, name = config["training"], folder.resolve().name
-    log = {k: float(v) for k, v in list(csv.DictReader(io.StringIO(contents["log.csv"].decode())))[-1].items()}
-    card = ModelCard(contents["README.md"].decode())
-    metrics = {result.metric_type: result.metric_value for result in card.data.eval_results or ()}
-
     def require(condition: bool, problem: str) -> None:
         _require(condition, folder, problem)
+
+    def parse(name: str, read: Callable[[str], Any]) -> Any:
+        try:
+            return read(contents[name].decode())
+        except Exception as e:  # whatever a file that anybody may have written leads its reader to
+            raise PublishError(f"{folder}: {name} can't be read: {_one_line(e)}") from e
+
+    config = parse("config.json", json.loads)
+    recipe = parse("recipe.yaml", lambda _: load_recipe(folder / "recipe.yaml"))
+    rows = parse("log.csv", lambda text: list(csv.DictReader(io.StringIO(text))))
+    require(bool(rows), "log.csv has no epochs")
+    log = parse("log.csv", lambda _: {key: float(rows[-1][key]) for key in ("epoch", *_RESULTS)})
+    card = parse("README.md", ModelCard)
+    training, name = config["training"], folder.resolve().name
+    metrics = {result.metric_type: result.metric_value for result in card.data.eval_results or ()}
 
     require(name.startswith(f"{config['architecture']}."), f"should be named {config['architecture']}.TAG")
     digest = hashlib.sha256(contents[WEIGHTS]).hexdigest()
@@ -101,7 +113,7 @@ def _check(folder: Path, contents: dict[str, bytes]) -> None:
     require(contents["curves.png"].startswith(_PNG), "curves.png is no PNG")
     epochs = {log["epoch"], recipe.epochs, training["epochs"]}
     require(len(epochs) == 1, "log.csv, recipe.yaml and config.json differ in epochs")
-    for key in ("test_loss", "test_top1", "test_top5"):
+    for key in _RESULTS:
         said = f"{key} is {log[key]} in log.csv, {training[key]} in config.json"
         require(abs(log[key] - training[key]) < 6e-4, said)
     local = [k for k in ("data", "model") if re.search(r":/|//|^/|\\", getattr(recipe, k))]
@@ -114,7 +126,7 @@ def _check(folder: Path, contents: dict[str, bytes]) -> None:
     require(card.data.library_name == "timm", "the card lacks library_name: timm")
     require(bool(card.data.license), "the card lacks a license: that of the checkpoint it started from, in config.json")
     named = f"hf-hub:{hub_id(folder, NAMESPACE)}" in card.content
-    require(named, "the card does not say how to load it: scripts/update_zoo.py writes cards")
+    require(named, "the card loads another repository: name the folder as it was, or have update_zoo.py write the card")
     model = timm.create_model(f"local-dir:{folder}", pretrained=True)
     known = {model.num_classes, config["num_classes"], len(config["label_names"])}
     require(len(known) == 1, "config.json has not as many classes and names as the network")
@@ -154,7 +166,8 @@ def _explain(repo: str, error: BaseException) -> PublishError:
         return PublishError(f"{repo}: the Hub refuses to write to {namespace}{because}: {hint}")
     if status in (409, 412):
         return PublishError(f"{repo} has changed meanwhile{because}: run again")
-    return PublishError(f"{repo}: the Hub did not do it ({_one_line(error)}). What is online is whole: run again.")
+    what = f"the Hub at {constants.ENDPOINT} did not do it ({_one_line(error)})"
+    return PublishError(f"{repo}: {what}. What is online is whole: run again.")
 
 
 def check_access(namespace: str, tag: str | None, api: HfApi) -> None:

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from scipy.stats import ttest_rel
+from matplotlib.ticker import NullLocator, ScalarFormatter
+from scipy.stats import t
 
 from .recipe import Recipe, load_recipe
-from .zoo import read_config, read_speeds
+from .zoo import model_folders, read_config, speeds_of
 
 NORMS = ("batch norm", "IEBN", "squeeze-and-excitation")  # the last one behind batch norm
 _SUFFIXES = ("", "_iebn", "_se")  # of the networks' names
@@ -33,14 +35,14 @@ def mean_and_spread(values: Sequence[float]) -> str:
 def paired_difference(ours: dict[int, float], baseline: dict[int, float]) -> str:
     """The mean difference of runs of one seed, and its 95 % confidence interval by Student's t."""
     seeds = sorted(ours.keys() & baseline.keys())
-    pairs = [ours[s] for s in seeds], [baseline[s] for s in seeds]
+    differences = [ours[s] - baseline[s] for s in seeds]
     if not seeds:
         return "-"
-    mean = statistics.mean(a - b for a, b in zip(*pairs, strict=True))
+    mean = statistics.mean(differences)
     if len(seeds) < 2:
         return f"{mean:+.2f}"
-    low, high = ttest_rel(*pairs).confidence_interval(0.95)
-    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
+    half = t.ppf(0.975, len(seeds) - 1) * statistics.stdev(differences) / len(seeds) ** 0.5
+    return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
 
 
 @dataclass
@@ -101,6 +103,10 @@ def compare(folders: Iterable[Path]) -> list[Comparison]:
     return [Comparison(Recipe(**yaml.safe_load(key)), sides) for key, sides in rows.items()]
 
 
+def _comparisons(zoo: Path) -> list[Comparison]:
+    return compare(sorted(model_folders(zoo)))
+
+
 def count(number: int) -> str:
     """278324 as 0.2783 M."""
     return f"{number / 1e6:.4g} M" if number >= 1e5 else str(number)
@@ -112,13 +118,12 @@ def results_table(zoo: Path) -> str:
         "| Network | Data | Epochs | Norm | Parameters | MACs | Images/s | Top-1, % | Difference | Paper, % | Runs |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    speeds = read_speeds(zoo)
-    for row in compare(path.parent for path in sorted(zoo.glob("*/recipe.yaml"))):
+    for row in _comparisons(zoo):
         for side, norm in enumerate(NORMS):
             if not row.sides[side]:
                 continue
             config = row.config(side)
-            speed = ", ".join(f"{v:.0f} ({k})" for k, v in speeds.get(config["architecture"], {}).items()) or "-"
+            speed = ", ".join(f"{v:.0f} ({k})" for k, v in speeds_of(config, zoo).items()) or "-"
             paper = f"{row.paper[side]:.2f}" if row.paper[side] else "-"
             logs = " ".join(f"[seed {seed}]({path.name})" for seed, path in sorted(row.sides[side].items()))
             cost = count(config["parameters"]), count(config["macs"]), speed
@@ -132,7 +137,7 @@ def short_table(zoo: Path) -> str:
     """One line for each network trained from scratch with both norms: what a README has room for."""
     lines = ["| Network | Data | Epochs | Batch norm, top-1 % | IEBN, top-1 % | Difference |"]
     lines.append("|---|---|---|---|---|---|")
-    for row in compare(path.parent for path in sorted(zoo.glob("*/recipe.yaml"))):
+    for row in _comparisons(zoo):
         if all(row.sides[:2]) and not row.recipe.pretrained:
             cells = row.name, row.data, str(row.recipe.epochs), row.mean(0), row.mean(1), row.difference(1)
             lines.append(f"| {' | '.join(cells)} |")
@@ -141,23 +146,32 @@ def short_table(zoo: Path) -> str:
 
 def plot_results(zoo: Path, path: Path) -> None:
     """Accuracy against multiply-accumulates, IEBN beside batch norm, as PNG; bars are standard deviations."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for row in compare(path.parent for path in sorted(zoo.glob("*/recipe.yaml"))):
+    rows = _comparisons(zoo)
+    data = sorted({row.data for row in rows})  # accuracies on different ones can't be compared
+    figure = Figure(figsize=(6 * max(1, len(data)), 4), layout="constrained")
+    for axes, name in zip(figure.subplots(1, max(1, len(data)), squeeze=False)[0], data, strict=False):
+        _plot_data([row for row in rows if row.data == name], axes)
+        axes.set_title(name)
+    figure.savefig(path, dpi=120)
+
+
+def _plot_data(rows: list[Comparison], axes: Axes) -> None:
+    for row in rows:
         for side, (norm, color) in enumerate(zip(NORMS, ("tab:gray", "tab:blue", "tab:orange"), strict=True)):
             if top1 := [*row.top1(side).values()]:
                 bar = statistics.stdev(top1) if len(top1) > 1 else None
-                at = row.config(side)["macs"], statistics.mean(top1)
+                at = row.config(side)["macs"] / 1e6, statistics.mean(top1)
                 axes.errorbar(*at, yerr=bar, fmt="os^"[side], color=color, capsize=3, label=norm)
-        axes.annotate(
-            f"{row.name}\n{row.data}, {row.recipe.epochs} epochs", at, xytext=(6, -14), textcoords="offset points"
-        )
+        note = f"{row.name}\n{row.recipe.epochs} epochs"
+        axes.annotate(note, at, xytext=(6, -14), textcoords="offset points", annotation_clip=False)
     axes.set_xscale("log")
-    axes.set_xlabel("multiply-accumulates for one image")
+    axes.margins(x=0.3)
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xticks(sorted({round(row.config(i)["macs"] / 1e6) for row in rows for i in range(3) if row.sides[i]}))
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.set_xlabel("million multiply-accumulates for one image")
     axes.set_ylabel("top-1 on the test split, %")
     axes.grid(alpha=0.3)
     handles, labels = axes.get_legend_handles_labels()
-    axes.legend(
-        *zip(*{label: (handle, label) for handle, label in zip(handles, labels, strict=True)}.values(), strict=True)
-    )
-    figure.savefig(path, dpi=120)
+    unique = dict(zip(labels, handles, strict=True))
+    axes.legend(unique.values(), unique.keys())

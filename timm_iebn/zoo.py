@@ -51,7 +51,7 @@ def model_folders(zoo: Path = ZOO) -> list[Path]:
                 raise ValueError(f"the folder is not named {config['architecture']}.TAG")
             rank = training["pretrained"], -training["epochs"], training["seed"], path.parent.name
         except (ValueError, KeyError, TypeError) as e:
-            warnings.warn(f"{path} is none of this trainer's and left out ({type(e).__name__}: {e})", stacklevel=2)
+            warnings.warn(f"{path.parent} is left out ({type(e).__name__}: {e})", stacklevel=2)
         else:
             ranks[path.parent] = rank
     return sorted(ranks, key=ranks.get)
@@ -87,7 +87,10 @@ def check_shipped(weights: str | Path) -> None:
     if weights.name == WEIGHTS and weights.parent.parent == ZOO and weights.exists():
         digest = sha256(weights)
         if digest != read_config(weights.parent)["weights_sha256"]:
-            raise RuntimeError(f"{weights} is damaged (its sha256 is {digest}): install timm-iebn again")
+            raise RuntimeError(
+                f"{weights} is damaged (its sha256 is {digest}): install timm-iebn again, or take "
+                "the file from git again"
+            )
 
 
 def check_download(hub_id: str, cache_dir: str | Path | None = None) -> None:
@@ -138,7 +141,7 @@ def list_zoo(pattern: str = "*", zoo: Path = ZOO) -> list[ZooModel]:
     Args:
         pattern: of the names, as in `timm.list_models`: 'resnet20_*'.
     """
-    speeds, models = read_speeds(zoo), []
+    models = []
     seeds = Counter(_without_seed(folder) for folder in model_folders(zoo))
     for folder in model_folders(zoo):
         if not folder.match(pattern):
@@ -155,7 +158,7 @@ def list_zoo(pattern: str = "*", zoo: Path = ZOO) -> list[ZooModel]:
                 seeds[_without_seed(folder)],
                 config["parameters"],
                 config["macs"],
-                speeds.get(config["architecture"], {}),
+                speeds_of(config, zoo),
                 training["date"],
             )
         )
@@ -166,12 +169,11 @@ def _without_seed(folder: Path) -> str:
     return re.sub(r"seed\d+$", "", folder.name)
 
 
-def read_speeds(zoo: Path = ZOO) -> dict[str, dict[str, float]]:
-    """Images per second in inference of each architecture, by device, from speed.csv of `zoo`."""
-    speeds: dict[str, dict[str, float]] = {}
-    path = zoo / "speed.csv"
-    if path.exists():
-        with open(path, newline="") as file:
-            for row in csv.DictReader(file):
-                speeds.setdefault(row["architecture"], {})[row["device"]] = float(row["images_per_second"])
-    return speeds
+def speeds_of(config: dict[str, Any], zoo: Path = ZOO) -> dict[str, float]:
+    """Images per second in inference of a network with this config.json, by device, from speed.csv of `zoo`."""
+    path, size = zoo / "speed.csv", "x".join(map(str, config["pretrained_cfg"]["input_size"]))
+    if not path.exists():
+        return {}
+    with open(path, newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["architecture"] == config["architecture"]]
+    return {row["device"]: float(row["images_per_second"]) for row in rows if row["input_size"] == size}

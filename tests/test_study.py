@@ -1,0 +1,169 @@
+"""Studies: their runs, made and continued, and what is written from their logs; and the gates of a trained network."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from conftest import randomize
+from training import ENVIRONMENT, SCRIPTS
+
+import timm_iebn
+from timm_iebn.gates import START, collect_gates, freeze_gates, summary
+from timm_iebn.recipe import RecipeError
+from timm_iebn.study import load_study, report
+
+RECIPE = "model: resnet20_cifar\ndata: digits\nepochs: 1\nmilestones: []\nbatch_size: 700\nlr: 0.01\n"
+STUDY = dict(
+    title="A trial",
+    text="Does it work?",
+    recipe="../recipe.yaml",
+    networks={"batch norm": dict(model="resnet20_cifar"), "IEBN": dict(model="resnet20_cifar_iebn")},
+    seeds=[0, 1],
+    rows={"plain": {}, "scale 0.5, offset 0.5": dict(noise_scale=0.5, noise_offset=0.5)},
+    columns=dict(test_top1="top-1, %"),
+)
+
+
+def write_study(root, **changes):
+    (root / "recipe.yaml").write_text(RECIPE)
+    folder = root / "trial"
+    folder.mkdir()
+    (folder / "study.yaml").write_text(yaml.safe_dump(STUDY | changes, sort_keys=False))
+    return folder
+
+
+def add_log(study, run, top1):
+    folder = study.folder / "runs" / run.name
+    folder.mkdir(parents=True)
+    (folder / "log.csv").write_text(f"epoch,test_top1\n1,1.0\n2,{top1}\n")
+
+
+def test_the_table_says_what_the_last_epochs_of_the_logs_say(tmp_path):
+    study = load_study(write_study(tmp_path))
+    assert [(r.row, r.network, r.seed) for r in study.runs[:3]] == [
+        ("plain", "batch norm", 0),
+        ("plain", "IEBN", 0),
+        ("scale 0.5, offset 0.5", "batch norm", 0),
+    ]
+    top1 = {("plain", "batch norm", 0): 50, ("plain", "batch norm", 1): 52}
+    top1 |= {("plain", "IEBN", 0): 53, ("plain", "IEBN", 1): 56, ("scale 0.5, offset 0.5", "IEBN", 0): 10}
+    for run in study.runs:
+        if (key := (run.row, run.network, run.seed)) in top1:
+            add_log(study, run, top1[key])
+    text = report(study)
+    assert "| plain | batch norm | 51.00 ± 1.41 (2 seeds) |  |" in text
+    assert "| plain | IEBN | 54.50 ± 2.12 (2 seeds) | +3.50 [-2.85, +9.85] |" in text
+    assert "| scale 0.5, offset 0.5 | IEBN | 10.00 (one seed) | - |" in text
+    assert "| scale 0.5, offset 0.5 | batch norm | - |  |" in text and "5 of 8 runs are made" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(nonsense=1), "is no study, which has the keys title, text, recipe, networks"),
+        (dict(rows={"a": dict(noise_scal=1)}), "unknown key 'noise_scal': did you mean 'noise_scale'"),
+        (dict(recipe="nowhere.yaml"), "can't read the recipe"),
+    ],
+    ids=["key", "override", "recipe"],
+)
+def test_a_study_that_can_not_be_made_is_refused(changes, message, tmp_path):
+    with pytest.raises(RecipeError, match=message):
+        load_study(write_study(tmp_path, **changes))
+
+
+def test_the_runs_that_are_missing_are_made_and_no_others(tmp_path):
+    folder = write_study(tmp_path, seeds=[3], rows=dict(plain={}))
+    command = [sys.executable, SCRIPTS / "study.py", folder, "--output", tmp_path / "output", "--jobs", "2"]
+
+    def make():
+        return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600, cwd=tmp_path)
+
+    assert make().returncode == 0
+    kept = folder / "runs" / "plain.IEBN.seed3"
+    assert {p.name for p in kept.iterdir()} == {"recipe.yaml", "log.csv", "environment.txt"}
+    assert yaml.safe_load((kept / "recipe.yaml").read_text())["model"] == "resnet20_cifar_iebn"
+    before = (folder / "README.md").read_text()
+    assert before.count("(one seed)") == 2 and (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    again = make()
+    assert again.returncode == 0 and not again.stdout and (folder / "README.md").read_text() == before
+
+
+def test_a_run_that_fails_is_named_and_the_others_are_made(tmp_path):
+    networks = {"none": dict(model="resnet21_cifar"), "batch norm": dict(model="resnet20_cifar")}
+    folder = write_study(tmp_path, seeds=[0], rows=dict(plain={}), networks=networks)
+    command = [sys.executable, SCRIPTS / "study.py", folder, "--output", tmp_path / "output"]
+    result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600, cwd=tmp_path)
+    assert result.returncode == 1 and "plain.none.seed0 stopped: see" in result.stderr
+    assert [p.name for p in (folder / "runs").iterdir()] == ["plain.batch_norm.seed0"]
+
+
+@pytest.mark.parametrize(
+    "path", sorted(Path(__file__).parents[1].glob("zoo/studies/*/study.yaml")), ids=lambda p: p.parent.name
+)
+def test_every_log_of_the_zoos_studies_is_of_the_recipe_that_the_study_says(path):
+    study = load_study(path.parent)
+    made = [run for run in study.runs if study.log(run)]
+    assert {p.name for p in path.parent.glob("runs/*")} == {run.name for run in made}
+    for run in made:
+        said = yaml.safe_load((path.parent / "runs" / run.name / "recipe.yaml").read_text())
+        wanted = dict(override.split("=", 1) for override in run.overrides)
+        assert all(said[key] == yaml.safe_load(value) for key, value in wanted.items())
+        assert len(study.log(run)) == said["epochs"]
+
+
+# ---- gates
+
+
+def trained():
+    net = randomize(timm.create_model("resnet20_cifar_iebn", num_classes=3)).eval()
+    return net, [(torch.randn(8, 3, 32, 32), torch.arange(8) % 3) for _ in range(2)]
+
+
+def test_gates_are_those_that_the_layers_use():
+    net, batches = trained()
+    gates, labels = collect_gates(net, batches)
+    assert len(labels) == 16 and gates["bn1"].shape == (16, 16) and gates["layer3.2.bn2"].shape == (16, 64)
+    x = net.conv1(batches[0][0])
+    gated, plain = net.bn1(x), net.bn1.weight[:, None, None] * (x - net.bn1.running_mean[:, None, None])
+    plain = plain / torch.sqrt(net.bn1.running_var + 1e-5)[:, None, None]
+    found = (gated - net.bn1.bias[:, None, None]) / plain
+    torch.testing.assert_close(found.flatten(2).median(2).values, gates["bn1"][:8], rtol=1e-3, atol=1e-3)
+    assert not any(m._forward_pre_hooks for m in net.modules())
+
+
+def test_a_network_with_frozen_gates_is_a_batch_norm_network():
+    net, batches = trained()
+    gates, _ = collect_gates(net, batches)
+    freeze_gates(net, gates)
+    for layer, of_each in collect_gates(net, batches)[0].items():
+        torch.testing.assert_close(of_each, gates[layer].mean(0).expand_as(of_each))
+    images, expected = batches[0][0], net(batches[0][0])
+    torch.testing.assert_close(timm_iebn.convert_iebn_to_bn(net)(images), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_the_summary_tells_images_and_classes_apart():
+    labels = torch.arange(12) % 3
+    by_class = START + 0.1 * (labels[:, None] - 1.0).expand(12, 5)
+    noise = torch.tensor([1.0, -1.0]).repeat_interleave(6)[:, None].expand(12, 5) * 0.2 + 0.5
+    first, second = summary({"a": by_class, "b": noise}, labels)
+    assert first["mean"] == pytest.approx(START) and first["class_share"] == pytest.approx(1.0)
+    assert first["spread"] == pytest.approx(0.1 * (2 / 3) ** 0.5)
+    assert second["class_share"] == pytest.approx(0.0, abs=1e-6) and second["spread"] == pytest.approx(0.2)
+    assert (second["low"], second["high"]) == (pytest.approx(0.3), pytest.approx(0.7))
+
+
+def test_the_script_shows_what_gates_are_worth(tmp_path, uninterrupted):
+    command = [sys.executable, SCRIPTS / "gates.py", uninterrupted, "--output", tmp_path / "found"]
+    result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "with every gate frozen at its mean" in result.stdout and "| layer3.2.bn2 |" in result.stdout
+    assert (tmp_path / "found.md").exists() and (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_network_without_gates_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="ResNet has no IEBN"):
+        collect_gates(timm.create_model("resnet18"), [])
