@@ -126,7 +126,9 @@ def test_what_is_wrong_with_the_zoo_is_said_in_a_line(tmp_path):
 
 def test_one_command_starts_or_continues_the_whole_list(tmp_path):
     python = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = os.environ | dict(PATH=python, MODELS="resnet20_cifar", SEEDS="0 1", OUTPUT=str(tmp_path), JOBS="2")
+    environment = os.environ | dict(
+        PATH=python, MODELS="resnet20_cifar", NORMS="- _iebn", SEEDS="0 1", OUTPUT=str(tmp_path), JOBS="2"
+    )
     environment |= dict(OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true")
     command = [ROOT / "scripts" / "reproduce.sh", "data=digits", "data_config={}", "epochs=1"]
     command += ["milestones=[]"]

@@ -16,6 +16,7 @@ from timm_iebn.gates import START, collect_gates, freeze_gates, summary
 from timm_iebn.recipe import RecipeError
 from timm_iebn.study import load_study, report
 
+STUDIES = sorted(Path(__file__).parents[1].glob("zoo/studies/*/study.yaml"))
 RECIPE = "model: resnet20_cifar\ndata: digits\nepochs: 1\nmilestones: []\nbatch_size: 700\nlr: 0.01\n"
 STUDY = dict(
     title="A trial",
@@ -101,9 +102,7 @@ def test_a_run_that_fails_is_named_and_the_others_are_made(tmp_path):
     assert [p.name for p in (folder / "runs").iterdir()] == ["plain.batch_norm.seed0"]
 
 
-@pytest.mark.parametrize(
-    "path", sorted(Path(__file__).parents[1].glob("zoo/studies/*/study.yaml")), ids=lambda p: p.parent.name
-)
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.parent.name)
 def test_every_log_of_the_zoos_studies_is_of_the_recipe_that_the_study_says(path):
     study = load_study(path.parent)
     made = [run for run in study.runs if study.log(run)]
