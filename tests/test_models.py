@@ -6,7 +6,9 @@ import pytest
 import timm
 import torch
 from conftest import randomize
+from timm.layers import SEModule
 from timm.models import get_pretrained_cfg, group_parameters, is_model
+from timm.models._efficientnet_blocks import SqueezeExcite
 from timm.models._features_fx import FeatureGraphNet
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
@@ -74,6 +76,43 @@ def images(name, batch=2, chans=3):
 def test_the_registered_names_are_the_promised_ones():
     assert sorted(timm.list_models("*_iebn")) == sorted(NAMES)
     assert sorted(timm.list_models("*_cifar")) == sorted(CIFAR)
+
+
+@pytest.mark.parametrize(
+    ("twin", "blocks"),
+    [("resnet20_cifar", 9), ("preresnet164_cifar", 54), ("densenet_bc_100_12_cifar", 48), ("mobilenetv2_cifar", 17)],
+)
+def test_squeeze_and_excitation_is_in_every_block(twin, blocks):
+    """Behind its last norm or convolution, or, in MobileNetV2, its depthwise one: where each has been published."""
+    assert sorted(timm.list_models("*_cifar_se")) == sorted(f"{name}_se" for name in CIFAR)
+    model = build(f"{twin}_se", num_classes=5).train()
+    modules = [m for m in model.modules() if isinstance(m, SEModule | SqueezeExcite)]
+    assert len(modules) == blocks
+    reached = []
+    for m in modules:
+        m.register_forward_hook(lambda *_: reached.append(1))
+    y = model(images(twin, batch=3))
+    y.square().mean().backward()
+    assert len(reached) == blocks and all(p.grad is not None for p in model.parameters())
+    own, plain = (sum(p.numel() for p in timm.create_model(name).parameters()) for name in (f"{twin}_se", twin))
+    assert own - plain == sum(p.numel() for m in modules for p in m.parameters())
+    assert [f.shape[0] for f in build(f"{twin}_se", features_only=True).eval()(images(twin))] == [2] * (
+        5 if "mobilenet" in twin else 4
+    )
+
+
+@pytest.mark.parametrize("name", ["resnet20_cifar_iebn", "resnet18_iebn"])
+def test_the_variants_of_the_gate(name):
+    x = images(name)
+    plain, shortcuts = (timm.create_model(name, gate_shortcuts=value) for value in (False, True))
+    gated = [n for n, m in shortcuts.named_modules() if isinstance(m, IEBN2d)]
+    left = [n for n, m in plain.named_modules() if type(m) is nn.BatchNorm2d]
+    assert left and all("downsample" in n for n in left) and set(left) < set(gated)
+    torch.manual_seed(0)
+    twin = timm.create_model(name.removesuffix("_iebn")).eval()
+    torch.manual_seed(0)
+    neutral = timm.create_model(name, neutral_gates=True).eval()
+    torch.testing.assert_close(neutral(x), twin(x), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ALL)
