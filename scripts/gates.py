@@ -13,11 +13,10 @@ import sys
 from pathlib import Path
 
 import timm_iebn  # noqa: F401  registers the models
-from timm_iebn.batch_noise import choose_images
 from timm_iebn.data import open_data
 from timm_iebn.evaluate import evaluate
 from timm_iebn.gates import START, collect_gates, freeze_gates, plot_gates, summary
-from timm_iebn.loaders import make_share
+from timm_iebn.loaders import choose_images, make_share
 from timm_iebn.processes import create_accelerator
 from timm_iebn.recipe import RecipeError
 from timm_iebn.validate import open_network
@@ -43,7 +42,7 @@ def main() -> int:
         print(f"gates.py: {e}", file=sys.stderr)
         return 2
     name = Path(args.model).name
-    plot_gates(gates, test_labels, str(args.output.with_suffix(".png")), name)
+    plot_gates(gates, test_labels, f"{args.output}.png", name)
     after = evaluate(freeze_gates(model, train_gates), batches)["test_top1"]
     lines = [
         f"# The gates of {name}",
@@ -59,7 +58,7 @@ def main() -> int:
         numbers = (f"{row[key]:.3f}" for key in ("mean", "low", "high", "spread", "class_share"))
         lines.append(f"| {row['layer']} | {' | '.join(numbers)} |")
     text = "\n".join(lines) + "\n"
-    args.output.with_suffix(".md").write_text(text + f"\n![Gates]({args.output.with_suffix('.png').name})\n")
+    Path(f"{args.output}.md").write_text(f"{text}\n![Gates]({args.output.name}.png)\n")
     print(text)
     return 0
 

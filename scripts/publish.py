@@ -18,10 +18,11 @@ from huggingface_hub import HfApi
 from rich.console import Console
 from rich.table import Table
 
+from timm_iebn.evaluate import evaluate
 from timm_iebn.processes import create_accelerator
 from timm_iebn.publish import Plan, PublishError, check_access, check_folder, diff, make_plan, publish
 from timm_iebn.recipe import RecipeError
-from timm_iebn.validate import validate
+from timm_iebn.validate import open_network
 from timm_iebn.zoo import hub_namespace, read_config
 
 _TOLERANCE = 0.05  # of accuracy, in percent: other processors round otherwise, and an image may fall on the other side
@@ -29,7 +30,8 @@ _TOLERANCE = 0.05  # of accuracy, in percent: other processors round otherwise, 
 
 def _reevaluate(folder: Path, data_dir: str) -> None:
     try:
-        row = validate(str(folder), create_accelerator(), data_dir=data_dir)
+        model, batches, _ = open_network(str(folder), create_accelerator(), data_dir=data_dir)
+        row = evaluate(model, batches)
     except (RecipeError, RuntimeError, OSError, ValueError) as e:
         raise PublishError(f"{folder}: {' '.join(str(e).split())}") from e
     for key in ("test_top1", "test_top5"):

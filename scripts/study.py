@@ -8,11 +8,13 @@ on. Runs are made in output/studies/; what documents them goes to the study's fo
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
+from types import FrameType
 
 from timm_iebn.recipe import RecipeError
 from timm_iebn.study import Run, Study, keep, load_study, write_report
@@ -20,17 +22,44 @@ from timm_iebn.study import Run, Study, keep, load_study, write_report
 ROOT = Path(__file__).parents[1]
 
 
-def make(study: Study, run: Run, output: Path, arguments: list[str]) -> int:
-    """One run, in a process of its own; its exit status."""
-    folder = output / study.folder.name / run.name
-    command = [sys.executable, str(ROOT / "scripts" / "train.py"), "--recipe", str(study.recipe_path), "--resume"]
-    command += ["--output", str(folder), *arguments, *run.overrides]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{folder}.txt", "a") as log:
-        status = subprocess.run(command, stdout=log, stderr=log).returncode
-    if status == 0:
-        keep(study, run, folder)
-    return status
+class Queue:
+    """Makes runs, each in a process of its own, until a signal stops it and them."""
+
+    def __init__(self, todo: list[tuple[Study, Run]], output: Path, arguments: list[str]) -> None:
+        self.todo, self.output, self.arguments = todo, output, arguments
+        self.processes: set[subprocess.Popen] = set()
+        self.failed, self.signum, self.writing = False, 0, Lock()
+        for s in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(s, self._stop)
+
+    def _stop(self, signum: int, _: FrameType | None) -> None:
+        self.signum = signum
+        for process in self.processes:  # which leave a checkpoint; what Ctrl-C has told them already is the same
+            process.send_signal(signum)
+
+    def make(self, place: int) -> None:
+        """The run at that place."""
+        if self.signum:
+            return
+        study, run = self.todo[place]
+        folder = self.output / study.folder.name / run.name
+        print(f"{place + 1}/{len(self.todo)} {study.folder.name}: {run.name}", flush=True)
+        command = [sys.executable, ROOT / "scripts" / "train.py", "--recipe", study.recipe_path, "--resume"]
+        command += ["--output", folder, *self.arguments, *run.overrides]
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with open(f"{folder}.txt", "a") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
+            self.processes.add(process)
+            if self.signum:  # which has come meanwhile
+                process.send_signal(self.signum)
+            process.wait()
+            self.processes.discard(process)
+        if process.returncode == 0:
+            keep(study, run, folder)
+        elif not self.signum:
+            self.failed = True
+            print(f"{run.name} stopped: see {folder}.txt", file=sys.stderr)
+        with self.writing:
+            write_report(study)
 
 
 def main() -> int:
@@ -38,7 +67,6 @@ def main() -> int:
     parser.add_argument("studies", nargs="+", type=Path)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--output", type=Path, default=Path("output") / "studies")
-    parser.add_argument("--report", action="store_true", help="make no runs")
     parser.add_argument("--data-dir", default="", help="for scripts/train.py")
     parser.add_argument("--mix-data-dir", default="", help="for scripts/train.py")
     args = parser.parse_args()
@@ -49,25 +77,15 @@ def main() -> int:
         return 2
     todo = [(study, run) for study in studies for run in study.runs if study.log(run) is None]
     todo.sort(key=lambda pair: pair[0].seeds.index(pair[1].seed))
-    arguments = ["--data-dir", args.data_dir, "--mix-data-dir", args.mix_data_dir]
-    writing, failed = Lock(), []
-
-    def work(place: int) -> None:
-        study, run = todo[place]
-        print(f"{place + 1}/{len(todo)} {study.folder.name}: {run.name}", flush=True)
-        if make(study, run, args.output, arguments):
-            failed.append(run.name)
-            print(f"{run.name} stopped: see {args.output / study.folder.name / run.name}.txt", file=sys.stderr)
-        with writing:
-            write_report(study)
-
-    if not args.report:
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.jobs)))
-        with ThreadPoolExecutor(args.jobs) as pool:
-            list(pool.map(work, range(len(todo))))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.jobs)))
+    queue = Queue(todo, args.output, ["--data-dir", args.data_dir, "--mix-data-dir", args.mix_data_dir])
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(queue.make, range(len(todo))))
     for study in studies:
         write_report(study)
-    return int(bool(failed))
+    if queue.signum:
+        print("study.py: stopped; the same command goes on", file=sys.stderr)
+    return 128 + queue.signum if queue.signum else int(queue.failed)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,10 @@ import os
 import sys
 
 import timm_iebn  # noqa: F401  registers the models
+from timm_iebn.evaluate import evaluate
 from timm_iebn.processes import create_accelerator
 from timm_iebn.recipe import RecipeError
-from timm_iebn.validate import validate
+from timm_iebn.validate import open_network
 
 
 def main() -> int:
@@ -27,7 +28,9 @@ def main() -> int:
     args = parser.parse_args()
     try:
         accelerator = create_accelerator()
-        row = validate(args.model, accelerator, args.data, args.data_dir, args.test_split, args.loader, args.workers)
+        data = args.data, args.data_dir, args.test_split, args.loader, args.workers
+        model, batches, _ = open_network(args.model, accelerator, *data)
+        row = evaluate(model, batches, accelerator)
     except (RecipeError, RuntimeError, OSError, ValueError) as e:
         print(f"validate.py: {e}", file=sys.stderr)
         return 2

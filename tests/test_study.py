@@ -9,7 +9,7 @@ import timm
 import torch
 import yaml
 from conftest import randomize
-from training import ENVIRONMENT, SCRIPTS
+from training import ENVIRONMENT, SCRIPTS, started, wait_for
 
 import timm_iebn
 from timm_iebn.gates import START, collect_gates, freeze_gates, summary
@@ -77,29 +77,36 @@ def test_a_study_that_can_not_be_made_is_refused(changes, message, tmp_path):
 
 
 def test_the_runs_that_are_missing_are_made_and_no_others(tmp_path):
-    folder = write_study(tmp_path, seeds=[3], rows=dict(plain={}))
+    networks = dict(STUDY["networks"], none=dict(model="resnet21_cifar"))
+    folder = write_study(tmp_path, seeds=[3], rows=dict(plain={}), networks=networks)
     command = [sys.executable, SCRIPTS / "study.py", folder, "--output", tmp_path / "output", "--jobs", "2"]
 
     def make():
         return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600, cwd=tmp_path)
 
-    assert make().returncode == 0
+    result = make()
+    assert result.returncode == 1 and "plain.none.seed3 stopped: see" in result.stderr
+    assert sorted(p.name for p in (folder / "runs").iterdir()) == ["plain.IEBN.seed3", "plain.batch_norm.seed3"]
     kept = folder / "runs" / "plain.IEBN.seed3"
     assert {p.name for p in kept.iterdir()} == {"recipe.yaml", "log.csv", "environment.txt"}
     assert yaml.safe_load((kept / "recipe.yaml").read_text())["model"] == "resnet20_cifar_iebn"
     before = (folder / "README.md").read_text()
     assert before.count("(one seed)") == 2 and (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     again = make()
-    assert again.returncode == 0 and not again.stdout and (folder / "README.md").read_text() == before
+    assert again.stdout == "1/1 trial: plain.none.seed3\n" and (folder / "README.md").read_text() == before
 
 
-def test_a_run_that_fails_is_named_and_the_others_are_made(tmp_path):
-    networks = {"none": dict(model="resnet21_cifar"), "batch norm": dict(model="resnet20_cifar")}
-    folder = write_study(tmp_path, seeds=[0], rows=dict(plain={}), networks=networks)
-    command = [sys.executable, SCRIPTS / "study.py", folder, "--output", tmp_path / "output"]
-    result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600, cwd=tmp_path)
-    assert result.returncode == 1 and "plain.none.seed0 stopped: see" in result.stderr
-    assert [p.name for p in (folder / "runs").iterdir()] == ["plain.batch_norm.seed0"]
+def test_a_stop_reaches_the_runs_and_the_same_command_goes_on(tmp_path):
+    folder = write_study(tmp_path, seeds=[0], rows=dict(plain=dict(epochs=40)))
+    arguments = [folder, "--output", tmp_path / "output"]
+    with started(*arguments, script="study.py") as process:
+        wait_for("trial/plain.batch_norm.seed0.run/0*.safetensors", tmp_path / "output", process)
+        process.terminate()
+        assert process.wait(120) == 143
+        assert "the same command goes on" in process.stderr.read()
+    said = (tmp_path / "output" / "trial" / "plain.batch_norm.seed0.txt").read_text()
+    assert "stopped by SIGTERM" in said and not (folder / "runs").exists()
+    assert not (tmp_path / "output" / "trial" / "plain.IEBN.seed0.txt").exists()
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.parent.name)

@@ -5,7 +5,6 @@ The paper (arXiv 1908.04008) names both; their exact form, and every number here
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 from timm.layers import BatchNormAct2d
@@ -99,7 +98,7 @@ class Strangers:
     """The mix-dataset attack: images of another data set that join each training batch behind its own images.
 
     So they enter the batch statistics, while the loss is that of the batch's own images. Which ones join is a function
-    of the seed, the epoch and the batch.
+    of the seed, the epoch, the batch and the process.
     """
 
     def __init__(self, recipe: Recipe, share: Share, size: tuple[int, int, int], data_dir: str = "") -> None:
@@ -111,7 +110,7 @@ class Strangers:
         parts = recipe.grad_accumulation * share.world_size
         if recipe.mix_images % parts:
             raise RecipeError(f"mix_images: {recipe.mix_images} can't be shared by {parts} (processes x parts)")
-        other = replace(recipe, data=recipe.mix_data, train_split="train", loader="memory")
+        other = Recipe(recipe.model, recipe.mix_data, epochs=1, milestones=())  # what decides here is the data's name
         images = load_images(other, "train", data_dir).images
         if images.shape[1] not in (1, size[0]):
             raise RecipeError(f"mix_data: {recipe.mix_data!r} has images of {images.shape[1]} channels, not {size[0]}")

@@ -4,16 +4,10 @@ arXiv 1908.04008 names the effect and does not measure it; the measure is ours.
 """
 
 import copy
-from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import Dataset, Subset
-
-from .data import Images
-from .loaders import Share, make_loader
 
 ANCHORS = 8
 
@@ -22,25 +16,6 @@ def _spread(draws: Tensor) -> float:
     """Of vectors (draws, size): the mean squared distance from their mean, as a share of the mean's square."""
     mean = draws.mean(0)
     return ((draws - mean).square().sum(1).mean() / mean.square().sum()).item()
-
-
-def choose_images(
-    split: Images | Dataset, count: int, share: Share, data_config: dict[str, Any]
-) -> tuple[Tensor, Tensor]:
-    """`count` images of `split`, always the same ones, as the network takes them, without augmentation; their labels.
-
-    Raises:
-        ValueError: there are not so many.
-    """
-    if count > len(split):
-        raise ValueError(f"{count} images are asked for, and there are {len(split)}")
-    chosen = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[:count]
-    if isinstance(split, Images):
-        part = replace(split, images=split.images[chosen], labels=split.labels[chosen])
-    else:
-        part = Subset(split, chosen.tolist())
-    images, labels = zip(*make_loader(part, share, data_config).epoch(), strict=True)
-    return torch.cat(images), torch.cat(labels)
 
 
 def check_size(images: int, anchors: int, batch_size: int) -> None:

@@ -1,4 +1,4 @@
-"""The network and the optimizer of a recipe, tried before a run starts."""
+"""What a recipe asks for: the network and the optimizer, tried before a run starts, the schedule, mixup."""
 
 import difflib
 from collections.abc import Sequence
@@ -7,7 +7,10 @@ from typing import Any
 
 import timm
 import torch
+from timm.data import Mixup
 from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from .convert import GATES
@@ -84,3 +87,29 @@ def create_optimizer(recipe: Recipe, net: nn.Module) -> torch.optim.Optimizer:
         return create_optimizer_v2(net, **args)
     except Exception as e:
         raise RecipeError(f"opt: {recipe.opt!r} with opt_args {recipe.opt_args}: {type(e).__name__}: {e}") from e
+
+
+def create_scheduler(recipe: Recipe, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> Scheduler:
+    """The learning rate's schedule of the recipe, to be moved after each update."""
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched=recipe.sched,
+        num_epochs=recipe.epochs,
+        # timm lets an epoch's last update have the next one's rate; half an update later is right
+        decay_milestones=[m + 0.5 / updates_per_epoch for m in recipe.milestones],
+        decay_rate=recipe.decay_rate,
+        warmup_epochs=recipe.warmup_epochs,
+        warmup_lr=recipe.lr / 10,
+        min_lr=recipe.min_lr,
+        step_on_epochs=False,
+        updates_per_epoch=updates_per_epoch,
+    )
+    return scheduler
+
+
+def create_mixup(recipe: Recipe, num_classes: int) -> Mixup | None:
+    """Mixup or CutMix of a batch, by turns at random, where the recipe has one of them."""
+    if not (recipe.mixup or recipe.cutmix):
+        return None
+    smoothing = recipe.label_smoothing
+    return Mixup(recipe.mixup, recipe.cutmix, switch_prob=0.5, label_smoothing=smoothing, num_classes=num_classes)

@@ -80,7 +80,7 @@ def make_card(folder: Path, comparison: Comparison | None = None, source: str = 
     )
     twin = model.removesuffix("_se")
     notes = [*training.get("notes", ())]
-    if recipe.mix_data or (recipe.noise_scale, recipe.noise_offset) != (1.0, 0.0):
+    if recipe.mix_data or recipe.has_noise:
         notes.append("Trained under a noise attack, as `recipe.yaml` says: it is for study, not for use.")
     for path in chain(*(runs.values() for runs in comparison.sides)):
         if path.resolve() != folder.resolve():

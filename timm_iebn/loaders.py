@@ -20,7 +20,7 @@ from timm.data.loader import fast_collate
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip, Resize
 
 from .data import Images, read_image
@@ -298,3 +298,22 @@ def make_share(
         place = accelerator.process_index, accelerator.num_processes, accelerator.device
         share = replace(share, **dict(zip(("rank", "world_size", "device"), place, strict=True)))
     return share, config
+
+
+def choose_images(
+    split: Images | Dataset, count: int, share: Share, data_config: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """`count` images of `split`, always the same ones, as the network takes them, without augmentation; their labels.
+
+    Raises:
+        RecipeError: there are not so many.
+    """
+    if count > len(split):
+        raise RecipeError(f"data: {count} images are asked for, and there are {len(split)}")
+    chosen = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[:count]
+    if isinstance(split, Images):
+        part = replace(split, images=split.images[chosen], labels=split.labels[chosen])
+    else:
+        part = Subset(split, chosen.tolist())
+    images, labels = zip(*make_loader(part, share, data_config).epoch(), strict=True)
+    return torch.cat(images), torch.cat(labels)

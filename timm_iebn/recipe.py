@@ -154,6 +154,11 @@ class Recipe:
                 f"grad_accumulation: {self.grad_accumulation} does not divide batch_size {self.batch_size}"
             )
 
+    @property
+    def has_noise(self) -> bool:
+        """Whether the constant noise attack is on."""
+        return (self.noise_scale, self.noise_offset) != (1.0, 0.0)
+
     def _check_data_config(self) -> None:
         for key, value in self.data_config.items():
             if key not in _PREPROCESSING:

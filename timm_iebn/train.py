@@ -15,20 +15,18 @@ from accelerate.utils import broadcast, set_seed
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError
-from timm.data import Mixup
-from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .attacks import Strangers, add_constant_noise, noise_in_eval
-from .batch_noise import ANCHORS, batch_noise, check_size, choose_images
-from .build import create_model, create_optimizer, try_model
+from .batch_noise import ANCHORS, batch_noise, check_size
+from .build import create_mixup, create_model, create_optimizer, create_scheduler, try_model
 from .checkpoint import CheckpointError, checkpoint_path, load_latest, save_checkpoint, write_atomically
 from .convert import convert_sync_batchnorm
 from .data import Images, fingerprint, open_data
 from .evaluate import evaluate
-from .loaders import make_loader, make_share, seed_everything
+from .loaders import choose_images, make_loader, make_share, seed_everything
 from .model_folder import log_text, save_model_folder
 from .processes import StopRequest, create_accelerator, on_main
 from .recipe import Recipe, RecipeError
@@ -140,8 +138,7 @@ class Trainer:
         self.test_loader = make_loader(test_split, share, self.data_config, None, workers)
         if accelerator.num_processes > 1 and recipe.sync_norms:
             convert_sync_batchnorm(net)
-        self.is_noisy = (recipe.noise_scale, recipe.noise_offset) != (1.0, 0.0)
-        if self.is_noisy:
+        if recipe.has_noise:
             try:
                 add_constant_noise(net, recipe.noise_scale, recipe.noise_offset)
             except ValueError as e:
@@ -159,30 +156,10 @@ class Trainer:
             except ValueError as e:
                 raise RecipeError(f"batch_noise_images: {e}") from e
         self.ema = ModelEmaV3(net, recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
-        self.mixup = None
-        if recipe.mixup or recipe.cutmix:
-            self.mixup = Mixup(
-                recipe.mixup,
-                recipe.cutmix,
-                switch_prob=0.5,
-                label_smoothing=recipe.label_smoothing,
-                num_classes=len(self.classes),
-            )
+        self.mixup = create_mixup(recipe, len(self.classes))
         optimizer = create_optimizer(recipe, self.net)
         self.updates_per_epoch = len(self.train_loader) // recipe.grad_accumulation
-        self.scheduler, _ = create_scheduler_v2(
-            optimizer,
-            sched=recipe.sched,
-            num_epochs=recipe.epochs,
-            # timm lets an epoch's last update have the next one's rate; half an update later is right
-            decay_milestones=[m + 0.5 / self.updates_per_epoch for m in recipe.milestones],
-            decay_rate=recipe.decay_rate,
-            warmup_epochs=recipe.warmup_epochs,
-            warmup_lr=recipe.lr / 10,
-            min_lr=recipe.min_lr,
-            step_on_epochs=False,
-            updates_per_epoch=self.updates_per_epoch,
-        )
+        self.scheduler = create_scheduler(recipe, optimizer, self.updates_per_epoch)
         # accelerate puts autocast into the forward of what it prepares: that of a wrapper, evaluation is in float32
         self.model, self.optimizer = accelerator.prepare(nn.Sequential(net), optimizer)
 
@@ -361,7 +338,7 @@ class Trainer:
             row |= dict(train_loss=loss_sum / seen, train_top1=100 * correct / seen)
             self._share_statistics()
             row |= evaluate(self.result, self.test_loader, accelerator)
-            if self.is_noisy:
+            if recipe.has_noise:
                 with noise_in_eval(self.result):
                     noisy = evaluate(self.result, self.test_loader, accelerator)
                 row["test_top1_with_noise"] = noisy["test_top1"]

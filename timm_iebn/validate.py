@@ -1,7 +1,6 @@
 """Evaluation of a network by its name: a registered one, a model folder, or a repository on the Hub."""
 
 from pathlib import Path
-from typing import Any
 
 import timm
 from accelerate import Accelerator
@@ -9,7 +8,6 @@ from torch import nn
 
 from .build import suggestion
 from .data import open_test_data
-from .evaluate import evaluate
 from .loaders import Loader, make_loader, make_share
 from .recipe import Recipe, RecipeError, load_recipe
 
@@ -45,15 +43,6 @@ def open_network(
         raise RecipeError(f"{name} knows other classes than {recipe.data!r}: {odd} there")
     share, data_config = make_share(model, test, accelerator, recipe.channels_last)
     return model.to(accelerator.device), make_loader(test, share, data_config, workers=workers), recipe
-
-
-def validate(name: str, accelerator: Accelerator, *args: Any, **kwargs: Any) -> dict[str, float]:
-    """Loss, top-1 and top-5 of a network on a test split, in float32, each image counted once.
-
-    Arguments and errors are those of `open_network`.
-    """
-    model, batches, _ = open_network(name, accelerator, *args, **kwargs)
-    return evaluate(model, batches, accelerator)
 
 
 def _recipe(name: str, given: dict[str, str]) -> Recipe:

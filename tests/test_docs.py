@@ -1,0 +1,41 @@
+"""What is written for people: its code runs, its links lead somewhere, its numbers have a log."""
+
+import re
+from pathlib import Path
+
+import pytest
+from conftest import blocks
+
+ROOT = Path(__file__).parents[1]
+TEXTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("zoo/*.md"), *ROOT.glob("zoo/studies/*/*.md")]
+# warm starts come from the Hub: test_pretrained has them, from one on loopback
+CODE = [(path, code) for path in TEXTS for code in blocks(path.read_text(encoding="utf-8"), "python")]
+CODE = [(path, code) for path, code in CODE if '"resnet50_iebn", pretrained=True' not in code]
+
+
+@pytest.mark.parametrize(("path", "code"), CODE, ids=lambda v: v.stem if isinstance(v, Path) else "")
+def test_code_runs(path, code):
+    try:
+        exec(compile(code, path.name, "exec"), {})
+    finally:
+        import timm_iebn
+
+        timm_iebn.set_backend("auto")
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_to_files_that_there_are(path):
+    links = re.findall(r"\]\((?!https?://)([^)#]+)", path.read_text(encoding="utf-8"))
+    assert [link for link in links if not (path.parent / link).exists()] == []
+
+
+def test_every_code_of_the_documentation_was_found():
+    assert {path.name for path, _ in CODE} >= {"README.md", "method.md", "warm_start.md"}
+
+
+def test_scripts_that_are_named_there_are():
+    for path in TEXTS:
+        for name in re.findall(
+            r"(?<![\w/])((?:scripts|zoo/recipes|timm_iebn|tests|docs)/[\w/.-]*\w\.\w+)", path.read_text()
+        ):
+            assert (ROOT / name).exists(), f"{path.name}: {name}"
