@@ -196,7 +196,7 @@ def test_averaged_weights_are_what_is_saved_and_evaluated(uninterrupted):
 @pytest.mark.parametrize(
     "wanted",
     [
-        ["precision=bf16", "clip_grad=1.0", "label_smoothing=0.1", "cutmix=1.0"],
+        ["precision=bf16", "epochs=1", "clip_grad=1.0", "label_smoothing=0.1", "cutmix=1.0"],
         ["grad_accumulation=4", "opt=sgd", "sched=cosine", "warmup_epochs=1", "min_lr=0.001"],
         ["grad_checkpointing=true", "model_args={drop_path_rate: 0.1}", "channels_last=false", "decay_norms=false"],
         ["compile=true", "epochs=1"],
