@@ -13,9 +13,10 @@ import sys
 from pathlib import Path
 
 import timm_iebn  # noqa: F401  registers the models
-from timm_iebn.data import open_data
+from timm_iebn.data import open_part
 from timm_iebn.evaluate import evaluate
-from timm_iebn.gates import START, collect_gates, freeze_gates, plot_gates, summary
+from timm_iebn.gates import collect_gates, freeze_gates, plot_gates, summary
+from timm_iebn.layers import NEUTRAL_GATE
 from timm_iebn.loaders import choose_images, make_share
 from timm_iebn.processes import create_accelerator
 from timm_iebn.recipe import RecipeError
@@ -32,7 +33,7 @@ def main() -> int:
     try:
         accelerator = create_accelerator()
         model, batches, recipe = open_network(args.model, accelerator, args.data, args.data_dir)
-        train_split, _, _ = open_data(recipe, args.data_dir)
+        train_split, _ = open_part(recipe, recipe.train_split, args.data_dir)
         share, data_config = make_share(model, train_split, accelerator, recipe.channels_last)
         images, labels = choose_images(train_split, min(5000, len(train_split)), share, data_config)
         before = evaluate(model, batches)["test_top1"]
@@ -42,19 +43,20 @@ def main() -> int:
         print(f"gates.py: {e}", file=sys.stderr)
         return 2
     name = Path(args.model).name
-    plot_gates(gates, test_labels, f"{args.output}.png", name)
+    rows = summary(gates, test_labels)
+    plot_gates(rows, gates, test_labels, f"{args.output}.png", name)
     after = evaluate(freeze_gates(model, train_gates), batches)["test_top1"]
     lines = [
         f"# The gates of {name}",
         "",
         f"Top-1 {before:.2f} % as trained, {after:.2f} % with every gate frozen at its mean and nothing trained again:",
         "so much does this network rely on gates that look at the image. What they are worth in training is its",
-        f"difference from a batch-norm twin. All gates started at {START:.4f}.",
+        f"difference from a batch-norm twin. All gates started at {NEUTRAL_GATE:.4f}.",
         "",
         "| Layer | Mean | 5 % | 95 % | Deviation over images | Share between classes |",
         "|---|---|---|---|---|---|",
     ]
-    for row in summary(gates, test_labels):
+    for row in rows:
         numbers = (f"{row[key]:.3f}" for key in ("mean", "low", "high", "spread", "class_share"))
         lines.append(f"| {row['layer']} | {' | '.join(numbers)} |")
     text = "\n".join(lines) + "\n"

@@ -18,7 +18,7 @@ import timm
 from timm_iebn.card import make_card, make_warm_start_card
 from timm_iebn.models._registry import WARM_START
 from timm_iebn.results import compare, plot_results, results_table, short_table
-from timm_iebn.study import load_study, report, write_report
+from timm_iebn.study import Study, load_study, plot_study, report
 from timm_iebn.zoo import WEIGHTS, check_shipped, model_folders, read_config
 
 ROOT = Path(__file__).parents[1]
@@ -61,23 +61,23 @@ def texts(root: Path) -> dict[Path, str]:
     networks = dict.fromkeys(name.split(".")[0] for name in timm.list_pretrained(f"*_iebn.{WARM_START}*"))
     networks = [name for name in networks if name not in trained]
     links = "\n".join(f"- [{name}](warm_starts/{name}.md)" for name in networks)
-    titles = {folder.name: load_study(folder).title for folder in study_folders(zoo)}
-    studies = "".join(f"- [{title}](studies/{name}/README.md)\n" for name, title in titles.items())
+    studies = load_studies(zoo)
+    study_links = "".join(f"- [{study.title}](studies/{study.folder.name}/README.md)\n" for study in studies)
     found = {zoo / "warm_starts" / f"{name}.md": str(make_warm_start_card(name)) for name in networks}
     found |= {
         root / "README.md": before + BEGIN + short_table(zoo) + END + after,
-        zoo / "README.md": ZOO_README + results_table(zoo) + STUDIES + studies + WARM_STARTS + links + "\n",
+        zoo / "README.md": ZOO_README + results_table(zoo) + STUDIES + study_links + WARM_STARTS + links + "\n",
     }
     for comparison in compare(sorted(model_folders(zoo))):
         for folder in chain(*(side.values() for side in comparison.sides)):
             found[folder / "README.md"] = str(make_card(folder, comparison))
-    found |= {folder / "README.md": report(load_study(folder)) for folder in study_folders(zoo)}
+    found |= {study.folder / "README.md": report(study) for study in studies}
     return found
 
 
-def study_folders(zoo: Path) -> list[Path]:
+def load_studies(zoo: Path) -> list[Study]:
     """The studies that there are."""
-    return sorted(path.parent for path in zoo.glob("studies/*/study.yaml"))
+    return [load_study(path.parent) for path in sorted(zoo.glob("studies/*/study.yaml"))]
 
 
 def main() -> int:
@@ -101,8 +101,8 @@ def main() -> int:
             path.write_text(text, encoding="utf-8")
     if not is_check:
         plot_results(ROOT / "zoo", ROOT / "zoo" / "results.png")
-        for folder in study_folders(ROOT / "zoo"):
-            write_report(load_study(folder))
+        for study in load_studies(ROOT / "zoo"):
+            plot_study(study, study.folder / "curves.png")
     return int(is_check and bool(stale))
 
 

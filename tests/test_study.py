@@ -12,7 +12,8 @@ from conftest import randomize
 from training import ENVIRONMENT, SCRIPTS, started, wait_for
 
 import timm_iebn
-from timm_iebn.gates import START, collect_gates, freeze_gates, summary
+from timm_iebn.gates import collect_gates, freeze_gates, summary
+from timm_iebn.layers import NEUTRAL_GATE
 from timm_iebn.recipe import RecipeError
 from timm_iebn.study import load_study, report
 
@@ -153,10 +154,10 @@ def test_a_network_with_frozen_gates_is_a_batch_norm_network():
 
 def test_the_summary_tells_images_and_classes_apart():
     labels = torch.arange(12) % 3
-    by_class = START + 0.1 * (labels[:, None] - 1.0).expand(12, 5)
+    by_class = NEUTRAL_GATE + 0.1 * (labels[:, None] - 1.0).expand(12, 5)
     noise = torch.tensor([1.0, -1.0]).repeat_interleave(6)[:, None].expand(12, 5) * 0.2 + 0.5
     first, second = summary({"a": by_class, "b": noise}, labels)
-    assert first["mean"] == pytest.approx(START) and first["class_share"] == pytest.approx(1.0)
+    assert first["mean"] == pytest.approx(NEUTRAL_GATE) and first["class_share"] == pytest.approx(1.0)
     assert first["spread"] == pytest.approx(0.1 * (2 / 3) ** 0.5)
     assert second["class_share"] == pytest.approx(0.0, abs=1e-6) and second["spread"] == pytest.approx(0.2)
     assert (second["low"], second["high"]) == (pytest.approx(0.3), pytest.approx(0.7))

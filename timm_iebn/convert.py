@@ -1,6 +1,5 @@
 """Batch norm to IEBN and back, synchronised, frozen, and from the authors' checkpoints."""
 
-import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatch
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from .layers import GATE_BIAS_INIT, IEBN2d, IEBNAct2d, SyncBatchNorm2d, SyncBatchNormAct2d
+from .layers import GATE_BIAS_INIT, NEUTRAL_GATE, IEBN2d, IEBNAct2d, SyncBatchNorm2d, SyncBatchNormAct2d
 
 # of timm's ResNet, TResNet, RegNet, byobnet, DLA and DPN blocks, and of torchvision's RegNet
 SHORTCUTS = (
@@ -26,8 +25,6 @@ SHORTCUTS = (
 
 # the batch norms that are known to compute batch norm and nothing else
 _PLAIN = {nn.BatchNorm2d, BatchNormAct2d, nn.SyncBatchNorm, SyncBatchNormAct, SyncBatchNorm2d, SyncBatchNormAct2d}
-
-_NEUTRAL_GATE = 1 / (1 + math.exp(-GATE_BIAS_INIT))
 
 # what the state dict of a norm has more than batch norm's
 GATES = ("gate_weight", "gate_bias")
@@ -129,7 +126,7 @@ def convert_bn_to_iebn(
             if iebn.weight not in scaled:
                 scaled.add(iebn.weight)
                 with torch.no_grad():
-                    iebn.weight.div_(_NEUTRAL_GATE)
+                    iebn.weight.div_(NEUTRAL_GATE)
         return iebn
 
     return _replace(module, swap)
@@ -271,7 +268,7 @@ def warm_start_state_dict(state_dict: Mapping[str, Tensor], model: nn.Module) ->
     out = dict(state_dict)
     for name in norms:
         weight = out[f"{name}.weight"]
-        out[f"{name}.weight"] = weight / _NEUTRAL_GATE
+        out[f"{name}.weight"] = weight / NEUTRAL_GATE
         out[f"{name}.gate_weight"] = torch.zeros_like(weight)
         out[f"{name}.gate_bias"] = torch.full_like(weight, GATE_BIAS_INIT)
     return out

@@ -153,7 +153,7 @@ def open_data(recipe: Recipe, data_dir: str = "") -> tuple[Images | Dataset, Ima
     Raises:
         RecipeError: as `open_split` and `load_images`; or the splits do not have the same classes.
     """
-    train, classes = _open(recipe, recipe.train_split, data_dir)
+    train, classes = open_part(recipe, recipe.train_split, data_dir)
     test, test_classes = open_test_data(recipe, data_dir)
     if classes != test_classes:
         odd = sorted(set(classes) ^ set(test_classes))[:5]
@@ -163,10 +163,15 @@ def open_data(recipe: Recipe, data_dir: str = "") -> tuple[Images | Dataset, Ima
 
 def open_test_data(recipe: Recipe, data_dir: str = "") -> tuple[Images | Dataset, list[str]]:
     """The test split alone, and the names of its classes."""
-    return _open(recipe, recipe.test_split, data_dir)
+    return open_part(recipe, recipe.test_split, data_dir)
 
 
-def _open(recipe: Recipe, split: str, data_dir: str) -> tuple[Images | Dataset, list[str]]:
+def open_part(recipe: Recipe, split: str, data_dir: str) -> tuple[Images | Dataset, list[str]]:
+    """One split, as the recipe's loader takes it, and the names of its classes.
+
+    Raises:
+        RecipeError: as `open_split` and `load_images`.
+    """
     if recipe.loader == "memory":
         images = load_images(recipe, split, data_dir)
         found = images, images.classes

@@ -7,9 +7,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from .layers import GATE_BIAS_INIT, IEBN2d
-
-START = torch.sigmoid(torch.tensor(GATE_BIAS_INIT)).item()  # of every gate
+from .layers import NEUTRAL_GATE, IEBN2d
 
 
 @torch.no_grad()
@@ -69,17 +67,17 @@ def summary(gates: dict[str, Tensor], labels: Tensor) -> list[dict[str, Any]]:
     return rows
 
 
-def plot_gates(gates: dict[str, Tensor], labels: Tensor, path: str, title: str) -> None:
+def plot_gates(rows: list[dict[str, Any]], gates: dict[str, Tensor], labels: Tensor, path: str, title: str) -> None:
     """As PNG: the distribution of the gates over the layers, how much they depend on the image and on its class, and
-    the class means of the last layer's gates.
+    the class means of the last layer's gates. `rows` are those of `summary`.
     """
-    rows, at = summary(gates, labels), range(len(gates))
+    at = range(len(rows))
     figure = Figure(figsize=(12, 4), layout="constrained")
     figure.suptitle(title)
     distribution, dependence, classes = figure.subplots(1, 3)
     distribution.fill_between(at, *([row[k] for row in rows] for k in ("low", "high")), alpha=0.25, label="5 to 95 %")
     distribution.plot(at, [row["mean"] for row in rows], ".-", label="mean")
-    distribution.axhline(START, color="gray", linestyle="--", label=f"start, {START:.4f}")
+    distribution.axhline(NEUTRAL_GATE, color="gray", linestyle="--", label=f"start, {NEUTRAL_GATE:.4f}")
     distribution.set_ylabel("gate")
     dependence.plot(at, [row["spread"] for row in rows], ".-", label="deviation over images")
     dependence.plot(at, [row["class_share"] for row in rows], ".-", label="share of variance between classes")

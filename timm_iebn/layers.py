@@ -1,5 +1,6 @@
 """The IEBN layers, and how timm gets to know them by the name `iebn`."""
 
+import math
 import warnings
 from typing import Any
 
@@ -16,7 +17,8 @@ from .ops.reference import wide_dtype
 
 torch.fx.wrap("iebn")  # a symbolic trace of a bare layer keeps the call whole: it branches on sizes
 
-GATE_BIAS_INIT = -1.0  # the authors' start: every gate is sigmoid(-1) = 0.2689
+GATE_BIAS_INIT = -1.0  # the authors' start
+NEUTRAL_GATE = 1 / (1 + math.exp(-GATE_BIAS_INIT))  # of every image then, 0.2689
 
 
 def _is_symbolic(layer: nn.Module, x: Tensor | torch.fx.Proxy) -> bool:

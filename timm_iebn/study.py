@@ -104,7 +104,7 @@ def keep(study: Study, run: Run, output: Path) -> None:
 def write_report(study: Study) -> None:
     """README.md and curves.png of a study."""
     (study.folder / "README.md").write_text(report(study), encoding="utf-8")
-    plot(study, study.folder / "curves.png")
+    plot_study(study, study.folder / "curves.png")
 
 
 def report(study: Study) -> str:
@@ -139,7 +139,7 @@ are in `runs/`. The rest, or all of them again:
 """
 
 
-def plot(study: Study, path: Path) -> None:
+def plot_study(study: Study, path: Path) -> None:
     """The columns over the epochs, for each condition, as PNG: mean and range over seeds."""
     rows, columns = list(study.rows), study.columns
     size = (3.2 * len(rows) + 1, 2.6 * len(columns) + 0.4)

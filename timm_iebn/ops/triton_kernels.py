@@ -9,8 +9,12 @@ import triton.language as tl
 
 
 @triton.jit
-def _place(C, L, parts, part, BLOCK_C: tl.constexpr, BACKWARDS: tl.constexpr):
-    """This program's row among (image, part), its image, its channels, and its part of the plane."""
+def _place(
+    C, L, parts, part, ALIGN_C: tl.constexpr, ALIGN_L: tl.constexpr, BLOCK_C: tl.constexpr, BACKWARDS: tl.constexpr
+):
+    """C and L; this program's row among (image, part), its image, its channels, and its part of the plane."""
+    C = C // ALIGN_C * ALIGN_C  # the same, so that the compiler knows what divides it: vectors of loads and stores
+    L = L // ALIGN_L * ALIGN_L
     program = tl.program_id(0)
     if BACKWARDS:  # what the pass before has read last is still in the cache
         program = tl.num_programs(0) - 1 - program
@@ -18,12 +22,17 @@ def _place(C, L, parts, part, BLOCK_C: tl.constexpr, BACKWARDS: tl.constexpr):
     row = program // blocks
     c = program % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     first = row % parts * part
-    return row, row // parts, c, first, tl.minimum(first + part, L)
+    return C, L, row, row // parts, c, first, tl.minimum(first + part, L)
 
 
 @triton.jit
-def _offsets(n, c, l, C, L, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr):
-    """Where the values (l, c) of image n lie; 32 bits are enough within an image, but for `WIDE` ones."""
+def _tile(n, c, start, last, C, L, CHANNELS_LAST: tl.constexpr, BLOCK_L: tl.constexpr, WIDE: tl.constexpr):
+    """Where the values (pixel, channel) of image n lie from pixel `start` on, and which of them are within the part.
+
+    32 bits are enough within an image, but for `WIDE` ones.
+    """
+    l = start + tl.arange(0, BLOCK_L)
+    mask = (l < last)[:, None] & (c < C)[None, :]
     if WIDE:
         c = c.to(tl.int64)
         l = l.to(tl.int64)
@@ -31,7 +40,7 @@ def _offsets(n, c, l, C, L, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr):
         offsets = l[:, None] * C + c[None, :]
     else:
         offsets = l[:, None] + c[None, :] * L
-    return n.to(tl.int64) * C * L + offsets
+    return n.to(tl.int64) * C * L + offsets, mask
 
 
 @triton.jit
@@ -96,21 +105,17 @@ def statistics_kernel(
     CHANNELS_LAST: tl.constexpr, ALIGN_C: tl.constexpr, ALIGN_L: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    C = C // ALIGN_C * ALIGN_C  # the same, so that the compiler knows what divides it: vectors of loads and stores
-    L = L // ALIGN_L * ALIGN_L
-    row, n, c, first, last = _place(C, L, parts, part, BLOCK_C, False)
+    C, L, row, n, c, first, last = _place(C, L, parts, part, ALIGN_C, ALIGN_L, BLOCK_C, False)
     # sums are those of deviations from the first tile's mean, because squares of the values would cancel
-    l = first + tl.arange(0, BLOCK_L)
-    mask = (l < last)[:, None] & (c < C)[None, :]
-    x = tl.load(x_ptr + _offsets(n, c, l, C, L, CHANNELS_LAST, WIDE), mask, 0.0).to(tl.float32)
+    offsets, mask = _tile(n, c, first, last, C, L, CHANNELS_LAST, BLOCK_L, WIDE)
+    x = tl.load(x_ptr + offsets, mask, 0.0).to(tl.float32)
     shift = tl.sum(x, 0) / tl.minimum(last - first, BLOCK_L)
     shift = tl.where(tl.abs(shift) < float("inf"), shift, 0.0)  # an infinity less itself would be no number
     sums = tl.where(mask, x - shift[None, :], 0.0)
     squares = sums * sums
     for start in range(first + BLOCK_L, last, BLOCK_L):
-        l = start + tl.arange(0, BLOCK_L)
-        mask = (l < last)[:, None] & (c < C)[None, :]
-        x = tl.load(x_ptr + _offsets(n, c, l, C, L, CHANNELS_LAST, WIDE), mask, 0.0).to(tl.float32)
+        offsets, mask = _tile(n, c, start, last, C, L, CHANNELS_LAST, BLOCK_L, WIDE)
+        x = tl.load(x_ptr + offsets, mask, 0.0).to(tl.float32)
         d = tl.where(mask, x - shift[None, :], 0.0)
         sums += d
         squares += d * d
@@ -168,9 +173,7 @@ def normalize_kernel(
     ACT: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN_C: tl.constexpr, ALIGN_L: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    C = C // ALIGN_C * ALIGN_C  # the same, so that the compiler knows what divides it: vectors of loads and stores
-    L = L // ALIGN_L * ALIGN_L
-    row, n, c, first, last = _place(C, L, parts, part, BLOCK_C, True)
+    C, L, row, n, c, first, last = _place(C, L, parts, part, ALIGN_C, ALIGN_L, BLOCK_C, True)
     NC = n.to(tl.int64) * C + c
     z = tl.load(gate_weight_ptr + c, c < C, 0.0).to(tl.float32) * tl.load(mean_NC_ptr + NC, c < C, 0.0)
     gate = tl.sigmoid(z + tl.load(gate_bias_ptr + c, c < C, 0.0).to(tl.float32))
@@ -180,9 +183,7 @@ def normalize_kernel(
     scale = _scale(gate, c, C, var_ptr, weight_ptr, eps)
     bias = _vector(bias_ptr, c, c < C, 0.0)
     for start in range(first, last, BLOCK_L):
-        l = start + tl.arange(0, BLOCK_L)
-        mask = (l < last)[:, None] & (c < C)[None, :]
-        offsets = _offsets(n, c, l, C, L, CHANNELS_LAST, WIDE)
+        offsets, mask = _tile(n, c, start, last, C, L, CHANNELS_LAST, BLOCK_L, WIDE)
         x = tl.load(x_ptr + offsets, mask, 0.0).to(tl.float32)
         y = (x - mean[None, :]) * scale[None, :] + bias[None, :]
         if residual_ptr is not None:
@@ -202,9 +203,7 @@ def reduce_kernel(
     ACT: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN_C: tl.constexpr, ALIGN_L: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    C = C // ALIGN_C * ALIGN_C  # the same, so that the compiler knows what divides it: vectors of loads and stores
-    L = L // ALIGN_L * ALIGN_L
-    row, n, c, first, last = _place(C, L, parts, part, BLOCK_C, False)
+    C, L, row, n, c, first, last = _place(C, L, parts, part, ALIGN_C, ALIGN_L, BLOCK_C, False)
     mean = tl.load(mean_ptr + c, c < C, 0.0)
     gate = tl.load(gate_NC_ptr + n.to(tl.int64) * C + c, c < C, 0.0)
     scale = _scale(gate, c, C, var_ptr, weight_ptr, eps)
@@ -212,9 +211,7 @@ def reduce_kernel(
     P = tl.zeros((BLOCK_L, BLOCK_C), tl.float32)
     Q = tl.zeros((BLOCK_L, BLOCK_C), tl.float32)
     for start in range(first, last, BLOCK_L):
-        l = start + tl.arange(0, BLOCK_L)
-        mask = (l < last)[:, None] & (c < C)[None, :]
-        offsets = _offsets(n, c, l, C, L, CHANNELS_LAST, WIDE)
+        offsets, mask = _tile(n, c, start, last, C, L, CHANNELS_LAST, BLOCK_L, WIDE)
         g = tl.load(g_ptr + offsets, mask, 0.0).to(tl.float32)
         d = tl.load(x_ptr + offsets, mask, 0.0).to(tl.float32) - mean[None, :]
         if ACT != "":
@@ -293,9 +290,7 @@ def grad_input_kernel(
     ACT: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN_C: tl.constexpr, ALIGN_L: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    C = C // ALIGN_C * ALIGN_C  # the same, so that the compiler knows what divides it: vectors of loads and stores
-    L = L // ALIGN_L * ALIGN_L
-    row, n, c, first, last = _place(C, L, parts, part, BLOCK_C, True)
+    C, L, row, n, c, first, last = _place(C, L, parts, part, ALIGN_C, ALIGN_L, BLOCK_C, True)
     NC = n.to(tl.int64) * C + c
     mean = tl.load(mean_ptr + c, c < C, 0.0)
     scale = _scale(tl.load(gate_NC_ptr + NC, c < C, 0.0), c, C, var_ptr, weight_ptr, eps)
@@ -307,9 +302,7 @@ def grad_input_kernel(
         inv = tl.rsqrt(tl.load(var_ptr + c, c < C, 1.0) + eps)
         slope += tl.load(sums_ptr + C + c, c < C, 0.0) / count * inv
     for start in range(first, last, BLOCK_L):
-        l = start + tl.arange(0, BLOCK_L)
-        mask = (l < last)[:, None] & (c < C)[None, :]
-        offsets = _offsets(n, c, l, C, L, CHANNELS_LAST, WIDE)
+        offsets, mask = _tile(n, c, start, last, C, L, CHANNELS_LAST, BLOCK_L, WIDE)
         g = tl.load(g_ptr + offsets, mask, 0.0).to(tl.float32)
         dx = shift[None, :]
         if (sums_ptr is not None) or ACT != "":
