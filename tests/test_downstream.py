@@ -1,5 +1,8 @@
 """The recipes of docs/downstream.md with the real libraries, each skipped where its library is not installed."""
 
+import csv
+import json
+import os
 import re
 import subprocess
 import sys
@@ -17,6 +20,7 @@ from hub_server import Hub, Repo
 from PIL import Image
 from safetensors.torch import save
 from timm.data import create_transform, resolve_data_config
+from training import ENVIRONMENT, image_folder
 
 import timm_iebn
 from timm_iebn import IEBN2d
@@ -226,3 +230,29 @@ def test_a_script_that_knows_no_iebn_runs_with_its_networks(tmp_path):
     run = partial(subprocess.run, capture_output=True, text=True)
     assert run([*command, str(script), "--flag"]).stdout.startswith("2 IEBN2d(16")
     assert "is a file; got ['missing.py']" in run([*command, "missing.py"], cwd=tmp_path).stderr
+
+
+@pytest.mark.skipif("TIMM_REPOSITORY" not in os.environ, reason="needs a checkout of timm's repository")
+def test_timms_scripts_train_validate_and_benchmark(tmp_path):
+    data = image_folder(tmp_path / "data", images_per_class=20, size=32)
+    folder = Path(os.environ["TIMM_REPOSITORY"])
+
+    def run(*command):
+        model = ["--model", "resnet20_cifar_iebn", "--num-classes", "2", "--device", "cpu", "-b", "8"]
+        command = [sys.executable, *map(str, command), *model]
+        result = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr
+        return result.stdout.rpartition("--result\n")[2]
+
+    train = ["--data-dir", data, "--val-split", "test", "-j", 1, "--epochs", 1, "--warmup-epochs", 0, "--lr", 0.1]
+    run(folder / "train.py", "--device-modules", "timm_iebn", *train, "--output", tmp_path, "--experiment", "run")
+    checkpoint = tmp_path / "run" / "last.pth.tar"
+    net = timm.create_model("resnet20_cifar_iebn", num_classes=2, checkpoint_path=checkpoint)
+    assert all_trained(net)
+    validate = ["--checkpoint", checkpoint, "--data-dir", data, "--split", "test", "-j", 1]
+    (row,) = csv.DictReader((tmp_path / "run" / "summary.csv").read_text().splitlines())
+    result = json.loads(run("-m", "timm_iebn", folder / "validate.py", *validate))
+    assert result["top1"] == pytest.approx(float(row["eval_top1"]), abs=1e-3)
+    steps = ["--num-warm-iter", 1, "--num-bench-iter", 5]
+    result = json.loads(run("-m", "timm_iebn", folder / "benchmark.py", *steps))
+    assert result["infer_samples_per_sec"] > 0 < result["train_samples_per_sec"]
