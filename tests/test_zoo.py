@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from conftest import write_config
 from timm.models import get_pretrained_cfg
 
 import timm_iebn
@@ -51,8 +52,7 @@ def test_the_default_is_the_longest_training_then_the_lowest_seed(tmp_path):
     def add(name, epochs, seed, pretrained=False):
         name = f"net.{name}"
         (tmp_path / name).mkdir()
-        training = f'"epochs": {epochs}, "seed": {seed}, "pretrained": {str(pretrained).lower()}'
-        (tmp_path / name / "config.json").write_text(f'{{"architecture": "net", "training": {{{training}}}}}')
+        write_config(tmp_path / name, "net", epochs=epochs, seed=seed, pretrained=pretrained)
 
     add("a", 60, 1)
     add("b", 164, 2)
