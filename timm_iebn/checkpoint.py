@@ -131,7 +131,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise TornCheckpointError(f"{path} is not a whole checkpoint: {e}") from e
     if _digest(tree, tensors) != expected:
         raise TornCheckpointError(f"{path} is not a whole checkpoint: its checksum is wrong")
-    return _unflatten(json.loads(tree), tensors)
+    try:
+        return _unflatten(json.loads(tree), tensors)
+    except Exception as e:  # whatever another writer may have meant
+        reason = f"{type(e).__name__}: {e}"[:200]
+        raise CheckpointError(f"{path} is whole, but no checkpoint as this version writes them: {reason}") from e
 
 
 def load_latest(folder: Path) -> tuple[Path, dict[str, Any]] | None:

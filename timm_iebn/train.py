@@ -214,7 +214,9 @@ class Trainer:
         except RecipeError:
             raise
         except Exception as e:  # of a checkpoint of another version, say
-            raise CheckpointError(f"can't go on from {self.last_checkpoint}: {type(e).__name__}: {e}") from e
+            raise CheckpointError(
+                f"can't go on from {self.last_checkpoint}: {type(e).__name__}: {str(e)[:1000]}"
+            ) from e
 
     def _take_up(self, state: dict[str, Any]) -> None:
         if state["data"] != self.data:
