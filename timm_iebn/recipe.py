@@ -195,7 +195,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         RecipeError: no such file, no YAML mapping, an unknown key, or a value of the wrong type or range.
     """
     overrides = list(overrides)
-    where = " with ".join([str(path), *overrides])
+    where = f"{path} with {' '.join(overrides)}" if overrides else str(path)
     try:
         values: Any = parse_yaml(Path(path).read_text(encoding="utf-8"))
         values = dict(values) if isinstance(values, dict) else None

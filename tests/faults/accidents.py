@@ -145,7 +145,8 @@ def worker_that_dies(times: int, seed: int, folder: Path) -> Outcome:
     for i in range(times):
         output = folder / f"out{i}"
         args = ["--output", output, "--data-dir", images, "--workers", "2", "--checkpoint-updates", "1", "--resume"]
-        args += [*SMALL, "mix_data=", "mix_images=0", "data=folder", "loader=timm", "batch_size=8", "epochs=6"]
+        args += [*(arg for arg in SMALL if not arg.startswith("mix_")), "data=folder", "loader=timm", "batch_size=8"]
+        args += ["epochs=6"]
         with started(*args) as process:
             wait_for("0*.safetensors", output.with_name(f"{output.name}.run"), process)
             worker = _children(process.pid)[-1]
