@@ -48,7 +48,7 @@ TARGETS = [
         ),
         (
             "model.safetensors",
-            "the same, where no config.json knows its sha256",
+            "timm.create_model('local-dir:...', pretrained=True), where config.json lacks its sha256",
             readers.make_timm_folder,
             readers.load_what_is_said,
             ("model.safetensors",),
@@ -142,7 +142,8 @@ def judge(target: Target, folder: Path, context: Any) -> tuple[str, str]:
         if is_clear(e, folder):
             return "clear", text
         frames = traceback.extract_tb(e.__traceback__)
-        if not any("/timm_iebn/" in frame.filename for frame in frames):
+        files = " ".join(frame.filename for frame in frames)
+        if "/timm/models/" in files and "/timm_iebn/" not in files:
             return "not ours", text  # raised by timm before it calls the package
         where = " < ".join(f"{Path(f.filename).name}:{f.lineno}" for f in reversed(frames[-4:]))
         return "unclear", f"{text} ({where})"
