@@ -1,5 +1,9 @@
 """Instance Enhancement Batch Normalization (arXiv 1908.04008) for timm. Importing it registers the models."""
 
+from .versions import check_versions
+
+check_versions()
+
 from . import models
 from .convert import (
     convert_bn_to_iebn,

@@ -1,10 +1,12 @@
 """The processes of a run: what they run on, who decides for all, and who asks them to stop."""
 
+import importlib.util
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -12,7 +14,8 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, broadcast_object_list, parse_flag_from_env
 
 from .checkpoint import CheckpointError
-from .recipe import RecipeError
+from .recipe import Recipe, RecipeError
+from .versions import check_versions
 
 _SPREAD = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
 
@@ -22,7 +25,9 @@ def create_accelerator(**kwargs: Any) -> Accelerator:
 
     Raises:
         RecipeError: accelerate sees another kind of device or spread, or does not see the processes that were launched.
+        ImportError: something that training needs is of a version that it does not work with.
     """
+    check_versions("train")
     try:
         accelerator = Accelerator(**kwargs)
     except ValueError as e:  # another run of this process has set what can't be changed
@@ -35,6 +40,30 @@ def create_accelerator(**kwargs: Any) -> Accelerator:
             f"accelerate: {kind.value} on {accelerator.device.type} is not supported: use plain processes on CUDA, or "
             "on CPU with ACCELERATE_USE_CPU=true"
         )
+    return accelerator
+
+
+def accelerator_of(recipe: Recipe, project_dir: Path, trackers: Sequence[str] = ()) -> Accelerator:
+    """The accelerator that trains `recipe`, and whose trackers write into `project_dir`.
+
+    Raises:
+        RecipeError: as `create_accelerator`; a tracker is not installed, the environment contradicts the recipe, or the
+            device lacks its precision.
+    """
+    for tracker in trackers:
+        if importlib.util.find_spec(tracker) is None:
+            raise RecipeError(f"track: {tracker!r} is not installed: pip install {tracker}")
+    accelerator = create_accelerator(
+        mixed_precision=recipe.precision,
+        gradient_accumulation_steps=recipe.grad_accumulation,
+        dynamo_backend="inductor" if recipe.compile else "no",
+        log_with=list(trackers) or None,
+        project_dir=project_dir,
+    )
+    if (parts := accelerator.gradient_accumulation_steps) != recipe.grad_accumulation:
+        raise RecipeError(f"grad_accumulation: the environment of accelerate says {parts}; the recipe must decide")
+    if recipe.precision == "fp16" and accelerator.device.type == "cpu":
+        raise RecipeError("precision: 'fp16' needs a GPU: use bf16 or no")
     return accelerator
 
 

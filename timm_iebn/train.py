@@ -1,7 +1,6 @@
 """The training loop: a recipe in, a model folder out; stopped at any moment, it goes on from its last checkpoint."""
 
 import hashlib
-import importlib.util
 import math
 import signal
 import time
@@ -15,22 +14,19 @@ from accelerate.utils import broadcast, set_seed
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError
-from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from .attacks import Strangers, add_constant_noise, noise_in_eval
-from .batch_noise import ANCHORS, batch_noise, check_size
-from .build import create_mixup, create_model, create_optimizer, create_scheduler, try_model
+from .attacks import noise_in_eval
+from .batch_noise import batch_noise
 from .checkpoint import CheckpointError, checkpoint_path, load_latest, save_checkpoint, write_atomically
-from .convert import convert_sync_batchnorm
-from .data import Images, fingerprint, open_data
 from .evaluate import evaluate
-from .loaders import choose_images, make_loader, make_share, seed_everything
+from .loaders import seed_everything
 from .model_folder import log_text, save_model_folder
-from .processes import StopRequest, create_accelerator, on_main
+from .processes import StopRequest, accelerator_of, on_main
 from .recipe import Recipe, RecipeError
 from .run_folder import check_output, clean_up, finished_row, folder_lock, open_folder, work_folder
+from .setup import Setup
 
 TRACKERS = ("tensorboard", "wandb")
 
@@ -74,23 +70,10 @@ class Trainer:
         self.recipe, self.output = recipe, output
         self.folder = work_folder(output)
         self.checkpoint_updates = checkpoint_updates
-        for tracker in trackers:
-            if importlib.util.find_spec(tracker) is None:
-                raise RecipeError(f"track: {tracker!r} is not installed: pip install {tracker}")
-        self.accelerator = create_accelerator(
-            mixed_precision=recipe.precision,
-            gradient_accumulation_steps=recipe.grad_accumulation,
-            dynamo_backend="inductor" if recipe.compile else "no",
-            log_with=list(trackers) or None,
-            project_dir=self.folder,
-        )
-        if (parts := self.accelerator.gradient_accumulation_steps) != recipe.grad_accumulation:
-            raise RecipeError(f"grad_accumulation: the environment of accelerate says {parts}; the recipe must decide")
-        if recipe.precision == "fp16" and self.accelerator.device.type == "cpu":
-            raise RecipeError("precision: 'fp16' needs a GPU: use bf16 or no")
+        self.accelerator = accelerator_of(recipe, self.folder, trackers)
         on_main(lambda: check_output(recipe, output, resume))
         set_seed(recipe.seed)
-        self._build(data_dir, mix_data_dir, workers)
+        self.setup = Setup(recipe, self.accelerator, data_dir, mix_data_dir, workers)
         self.lock = folder_lock(output)
         on_main(lambda: open_folder(recipe, output, resume, self.lock))
         config = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in asdict(recipe).items()}
@@ -106,13 +89,9 @@ class Trainer:
         self.request = StopRequest()
         if resume:
             self._resume()
-        batches = len(self.train_loader)
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.fields[note]}"),
-            TimeRemainingColumn(),
-        )
+        batches = len(self.setup.train_loader)
+        title, note = TextColumn("{task.description}"), TextColumn("{task.fields[note]}")
+        columns = title, BarColumn(), note, TimeRemainingColumn()
         is_main = self.accelerator.is_main_process
         self.progress = Progress(*columns, console=console, transient=True, disable=not is_main)
         self.task = self.progress.add_task(
@@ -123,65 +102,20 @@ class Trainer:
         """Sums over an epoch: loss, correct, images, and the first batch whose loss was not finite."""
         return torch.tensor([0.0, 0.0, 0.0, math.inf], dtype=torch.float64, device=self.accelerator.device)
 
-    def _build(self, data_dir: str, mix_data_dir: str, workers: int) -> None:
-        recipe, accelerator = self.recipe, self.accelerator
-        train_split, test_split, self.classes = open_data(recipe, data_dir)
-        self.data = fingerprint(train_split, self.classes)
-        if self.data != on_main(lambda: self.data):
-            raise RecipeError("data: this process sees other images than the main one, see --data-dir")
-        in_chans = train_split.images.shape[1] if isinstance(train_split, Images) else 3
-        net = create_model(recipe, len(self.classes), in_chans)
-        if recipe.batch_noise_images and accelerator.num_processes > 1:
-            raise RecipeError(f"batch_noise_images: {recipe.batch_noise_images} are measured in one process only")
-        share, self.data_config = make_share(net, train_split, accelerator, recipe.channels_last, recipe.data_config)
-        self.train_loader = make_loader(train_split, share, self.data_config, recipe, workers)
-        self.test_loader = make_loader(test_split, share, self.data_config, None, workers)
-        if accelerator.num_processes > 1 and recipe.sync_norms:
-            convert_sync_batchnorm(net)
-        if recipe.has_noise:
-            try:
-                add_constant_noise(net, recipe.noise_scale, recipe.noise_offset)
-            except ValueError as e:
-                raise RecipeError(f"noise_scale, noise_offset: {recipe.model!r}: {e}") from e
-        layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
-        self.net = net.to(accelerator.device, memory_format=layout)
-        try_model(recipe, net, self.data_config["input_size"], len(self.classes))
-        size = self.data_config["input_size"]
-        self.strangers = Strangers(recipe, share, size, mix_data_dir) if recipe.mix_data else None
-        self.noise_images = None
-        if count := recipe.batch_noise_images:
-            try:
-                check_size(count, ANCHORS, self.train_loader.batch_size)
-                self.noise_images = choose_images(train_split, count, share, self.data_config)
-            except ValueError as e:
-                raise RecipeError(f"batch_noise_images: {e}") from e
-        self.ema = ModelEmaV3(net, recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
-        self.mixup = create_mixup(recipe, len(self.classes))
-        optimizer = create_optimizer(recipe, self.net)
-        self.updates_per_epoch = len(self.train_loader) // recipe.grad_accumulation
-        self.scheduler = create_scheduler(recipe, optimizer, self.updates_per_epoch)
-        # accelerate puts autocast into the forward of what it prepares: that of a wrapper, evaluation is in float32
-        self.model, self.optimizer = accelerator.prepare(nn.Sequential(net), optimizer)
-
     @property
     def updates(self) -> int:
         """Updates made so far."""
-        return self.epoch * self.updates_per_epoch + self.step // self.recipe.grad_accumulation
-
-    @property
-    def result(self) -> nn.Module:
-        """The network that is evaluated and saved."""
-        return self.ema.module if self.ema else self.net
+        return self.epoch * self.setup.updates_per_epoch + self.step // self.recipe.grad_accumulation
 
     @property
     def lr(self) -> float:
-        return self.optimizer.param_groups[0]["lr"]
+        return self.setup.optimizer.param_groups[0]["lr"]
 
     # ---- checkpoints
 
     def _save(self) -> None:
         self._check_finite()
-        if not all(t.isfinite().all() for t in self.net.state_dict().values() if t.is_floating_point()):
+        if not all(t.isfinite().all() for t in self.setup.net.state_dict().values() if t.is_floating_point()):
             raise TrainingError(
                 f"weights are not finite at epoch {self.epoch + 1}, batch {self.step}; {self._left()}. {_REMEDY}"
             )
@@ -190,18 +124,8 @@ class Trainer:
         if not self.accelerator.is_main_process:
             self.last_checkpoint = checkpoint_path(self.folder, self.updates)
             return
-        scaler = self.accelerator.scaler
-        state = dict(
-            epoch=self.epoch,
-            step=self.step,
-            data=self.data,
-            rows=self.rows,
-            sums=sums,
-            model=self.net.state_dict(),
-            optimizer=self.optimizer.state_dict(),
-            scaler=scaler.state_dict() if scaler else None,
-            ema=self.ema.module.state_dict() if self.ema else None,
-        )
+        place = dict(epoch=self.epoch, step=self.step, data=self.setup.data, rows=self.rows, sums=sums)
+        state = place | self.setup.state_dict()
         self.last_checkpoint = save_checkpoint(self.folder, self.updates, state)
 
     def _resume(self) -> None:
@@ -219,23 +143,14 @@ class Trainer:
             ) from e
 
     def _take_up(self, state: dict[str, Any]) -> None:
-        if state["data"] != self.data:
+        if state["data"] != self.setup.data:
             raise RecipeError(f"data: {self.last_checkpoint} was trained on other images than these, see --data-dir")
         self.epoch, self.step, self.rows = state["epoch"], state["step"], state["rows"]
         if self.accelerator.is_main_process:
             self.sums[:3] = state["sums"].to(self.sums)
             place = f"{self.last_checkpoint}, epoch {self.epoch + 1}, batch {self.step}"
             console.print(f"going on from {place}", soft_wrap=True)
-        self.net.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        for parameter, values in self.optimizer.optimizer.state.items():
-            for key, value in values.items():  # in the parameter's layout, or sums would go in another order
-                if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    values[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-        if state["scaler"] and self.accelerator.scaler:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        if self.ema:
-            self.ema.module.load_state_dict(state["ema"])
+        self.setup.load_state_dict(state)
 
     def _check_finite(self) -> None:
         """Of all processes, which must call it together."""
@@ -272,25 +187,25 @@ class Trainer:
     def train_epoch(self) -> float:
         """Trains from the current batch to the end of the epoch; returns the learning rate of its last update."""
         recipe, accelerator = self.recipe, self.accelerator
-        self.model.train()
-        total = len(self.train_loader)
+        self.setup.model.train()
+        total = len(self.setup.train_loader)
         started, first, shown = time.perf_counter(), self.step, 0.0
-        for images, labels in self.train_loader.epoch(self.epoch, self.step):
+        for images, labels in self.setup.train_loader.epoch(self.epoch, self.step):
             # dropout, drop path and mixup are functions of the place in the run, so nothing of them is to be saved
             seed_everything(recipe.seed, self.epoch, self.step, accelerator.process_index, 1)
-            images, targets = self.mixup(images, labels) if self.mixup else (images, labels)
-            smoothing = 0.0 if self.mixup else recipe.label_smoothing
-            if self.strangers:
-                images = self.strangers.join(images, self.epoch, self.step)
-            with accelerator.accumulate(self.model):
+            images, targets = self.setup.mixup(images, labels) if self.setup.mixup else (images, labels)
+            smoothing = 0.0 if self.setup.mixup else recipe.label_smoothing
+            if self.setup.strangers:
+                images = self.setup.strangers.join(images, self.epoch, self.step)
+            with accelerator.accumulate(self.setup.model):
                 with accelerator.autocast():
-                    logits = self.model(images)[: len(labels)]
+                    logits = self.setup.model(images)[: len(labels)]
                     loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
                 accelerator.backward(loss)
                 if recipe.clip_grad and accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(self.model.parameters(), recipe.clip_grad)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
+                    accelerator.clip_grad_norm_(self.setup.model.parameters(), recipe.clip_grad)
+                self.setup.optimizer.step()
+                self.setup.optimizer.zero_grad()
             with torch.no_grad():
                 loss = loss.detach().double()
                 correct = (logits.argmax(1) == labels).sum()
@@ -300,9 +215,9 @@ class Trainer:
             lr = self.rates[self.step] = self.lr
             self.step += 1
             if accelerator.sync_gradients:
-                self.scheduler.step_update(self.updates)
-                if self.ema:
-                    self.ema.update(self.net, step=self.updates)
+                self.setup.scheduler.step_update(self.updates)
+                if self.setup.ema:
+                    self.setup.ema.update(self.setup.net, step=self.updates)
                 if self.step < total:
                     is_due = self.checkpoint_updates and self.updates % self.checkpoint_updates == 0
                     is_stopped = self._is_stopped()
@@ -315,7 +230,7 @@ class Trainer:
                 if accelerator.num_processes == 1:
                     self._check_finite()
                 loss_sum, correct, seen, _ = self.sums.tolist()
-                speed = (self.step - first) * self.train_loader.batch_size / (shown - started)
+                speed = (self.step - first) * self.setup.train_loader.batch_size / (shown - started)
                 note = f"loss {loss_sum / seen:.3f}  top-1 {100 * correct / seen:.1f} %  {speed:.0f} images/s"
                 title = f"epoch {self.epoch + 1}/{recipe.epochs}"
                 self.progress.update(self.task, description=title, completed=self.epoch * total + self.step, note=note)
@@ -344,21 +259,23 @@ class Trainer:
         recipe, accelerator = self.recipe, self.accelerator
         while self.epoch < recipe.epochs:
             started, first = time.perf_counter(), self.step
-            self.scheduler.step_update(self.updates)
+            self.setup.scheduler.step_update(self.updates)
             lr = self.train_epoch()
             seconds = time.perf_counter() - started
             loss_sum, correct, seen = accelerator.reduce(self.sums[:3].clone()).tolist()
-            images = (self.step - first) * self.train_loader.batch_size
+            images = (self.step - first) * self.setup.train_loader.batch_size
             row = dict(epoch=self.epoch + 1, updates=self.updates, lr=lr)
             row |= dict(train_loss=loss_sum / seen, train_top1=100 * correct / seen)
             self._share_statistics()
-            row |= evaluate(self.result, self.test_loader, accelerator)
+            row |= evaluate(self.setup.result, self.setup.test_loader, accelerator)
             if recipe.has_noise:
-                with noise_in_eval(self.result):
-                    noisy = evaluate(self.result, self.test_loader, accelerator)
+                with noise_in_eval(self.setup.result):
+                    noisy = evaluate(self.setup.result, self.setup.test_loader, accelerator)
                 row["test_top1_with_noise"] = noisy["test_top1"]
-            if self.noise_images:
-                row |= batch_noise(self.net, *self.noise_images, batch_size=self.train_loader.batch_size)
+            if self.setup.noise_images:
+                row |= batch_noise(
+                    self.setup.net, *self.setup.noise_images, batch_size=self.setup.train_loader.batch_size
+                )
             row |= dict(images_per_second=images / seconds, seconds=time.perf_counter() - started)
             self._check_finite()
             if not math.isfinite(row["test_loss"]):
@@ -376,7 +293,7 @@ class Trainer:
     def _share_statistics(self) -> None:
         """Gives all processes the main one's running statistics, where norms are not synchronised."""
         if self.accelerator.num_processes > 1 and not self.recipe.sync_norms:
-            for buffer in self.result.buffers():
+            for buffer in self.setup.result.buffers():
                 buffer.copy_(broadcast(buffer.clone()))
 
     def _report(self, row: dict[str, Any]) -> None:
@@ -396,7 +313,9 @@ class Trainer:
     def _finish(self) -> None:
         work = self.folder / "result" / self.output.name  # which the card in it takes for its name
         try:
-            save_model_folder(self.result, self.output, work, self.recipe, self.rows, self.classes, self.data_config)
+            save_model_folder(
+                self.setup.result, self.output, work, self.recipe, self.rows, self.setup.classes, self.setup.data_config
+            )
         except (OSError, SafetensorError, ValueError) as e:
             raise CheckpointError(
                 f"can't write {self.output}: {e}; the run is done, {self.last_checkpoint} is whole: --resume writes it"

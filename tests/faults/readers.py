@@ -214,7 +214,7 @@ def make_run(folder: Path) -> tuple[State, dict[str, Tensor]]:
     with safe_open(trainer.last_checkpoint, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
         (folder / "tree.json").write_text(file.metadata()["tree"])
-    return trainer.net.state_dict(), tensors
+    return trainer.setup.net.state_dict(), tensors
 
 
 def resume_run(folder: Path, context: tuple[State, dict[str, Tensor]]) -> bool:
@@ -225,7 +225,7 @@ def resume_run(folder: Path, context: tuple[State, dict[str, Tensor]]) -> bool:
     checkpoint.write_bytes(safetensors.torch.save(tensors, metadata))
     trainer = Trainer(RECIPE, folder / "out", resume=True)
     trainer.lock.release()
-    return same(trainer.net.state_dict(), weights)
+    return same(trainer.setup.net.state_dict(), weights)
 
 
 # ---- the rest

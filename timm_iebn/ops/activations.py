@@ -5,7 +5,7 @@ from collections.abc import Callable
 from timm.layers import activations as timm_activations
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as every_module
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "": lambda x: x,
@@ -24,12 +24,18 @@ _MODULES = {
     nn.SiLU: "silu",
     timm_activations.Swish: "silu",
 }
+_GLOBAL_HOOKS = (
+    "_global_forward_hooks",
+    "_global_forward_pre_hooks",
+    "_global_backward_hooks",
+    "_global_backward_pre_hooks",
+)
 
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether someone looks at what goes in or out of `module`, or has replaced its `forward`: it must be called."""
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return any(hooks) or "forward" in module.__dict__ or _has_any_global_hook()
+    own = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(own) or any(getattr(every_module, name) for name in _GLOBAL_HOOKS) or "forward" in module.__dict__
 
 
 def activation_name(module: nn.Module) -> str | None:

@@ -1,0 +1,52 @@
+"""Versions of other packages that this one does not work with are refused, by name."""
+
+import subprocess
+import sys
+from importlib import metadata
+
+import pytest
+from training import ENVIRONMENT
+
+from timm_iebn.versions import check_versions
+
+
+def with_version(monkeypatch, name, version):
+    real = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda n: version if n == name else real(n))
+
+
+def test_what_is_installed_here_is_taken():
+    check_versions()
+    check_versions("train")
+
+
+@pytest.mark.parametrize("version", ["2.7.1", "3.0.0", "2.7.1+cu126"])
+def test_an_old_or_new_torch_is_refused(version, monkeypatch):
+    with_version(monkeypatch, "torch", version)
+    with pytest.raises(ImportError) as error:
+        check_versions()
+    said = str(error.value)
+    assert "needs torch<3,>=2.8" in said and f"finds {version}: pip install 'torch<3,>=2.8'" in said
+
+
+@pytest.mark.parametrize("version", ["2.8.0", "2.99", "2.8.0a0+nv25.06", "2.12.0.dev20260101+cpu"])
+def test_builds_of_torch_that_are_between_are_taken(version, monkeypatch):
+    with_version(monkeypatch, "torch", version)
+    check_versions()
+
+
+def test_what_training_needs_is_looked_at_for_training_only(monkeypatch):
+    with_version(monkeypatch, "accelerate", "1.9.0")
+    check_versions()
+    with pytest.raises(ImportError, match="accelerate.*1.9.0"):
+        check_versions("train")
+
+
+def test_importing_looks_before_anything_else_is_imported():
+    code = """
+import importlib.metadata as m
+real = m.version
+m.version = lambda name: "1.0.3" if name == "timm" else real(name)
+import timm_iebn"""
+    result = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True)
+    assert result.returncode == 1 and "ImportError: timm-iebn needs timm<2,>=1.0.26, and finds 1.0.3" in result.stderr
