@@ -107,7 +107,7 @@ FAULTS = [
         "a tmpfs of 4 to 396 kB, a random size each time; then it grows",
         ONE_LINE + ", to the same bits",
         disks.full_disk_in_training,
-        times=10,
+        times=5,
     ),
     Fault(
         "disks",
@@ -115,7 +115,7 @@ FAULTS = [
         "a tmpfs of random size, then read-only, for the cache of a download and the comparison after publishing",
         "An error that says why; with room, all goes well",
         disks.bad_disk_for_the_hub,
-        times=3,
+        times=2,
         tested=0,
     ),
     Fault(
@@ -124,7 +124,7 @@ FAULTS = [
         "a read-only tmpfs, from the start, or from the first checkpoint on",
         ONE_LINE,
         disks.read_only_folders,
-        times=3,
+        times=2,
     ),
     Fault("disks", "The disk is full for a checkpoint", "", ONE_LINE, tests="test_checkpoint.py:test_a_full_disk"),
     Fault("disks", "A file can't grow", "", "It is as before", tests="test_checkpoint.py:test_a_file_that_can_not"),
@@ -142,7 +142,7 @@ FAULTS = [
         "two processes of publish.py",
         "One commit, whole; each ends well or says in a line to run again",
         accidents.two_publish_at_once,
-        times=5,
+        times=3,
     ),
     Fault(
         "accidents",
@@ -150,7 +150,7 @@ FAULTS = [
         "two processes of update_zoo.py",
         "All texts are whole",
         accidents.two_update_the_zoo_at_once,
-        times=3,
+        times=2,
     ),
     Fault(
         "accidents",
@@ -165,7 +165,7 @@ FAULTS = [
         "a preloaded library moves the wall clock by years from call to call; checkpoints' file times are reversed",
         "The same bits; the newest checkpoint is taken",
         accidents.clock_that_jumps,
-        times=3,
+        times=2,
     ),
     Fault(
         "accidents",
@@ -173,7 +173,7 @@ FAULTS = [
         "SIGKILL to a process that loads images",
         ONE_LINE,
         accidents.worker_that_dies,
-        times=5,
+        times=3,
     ),
     Fault(
         "accidents",
