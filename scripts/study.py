@@ -17,7 +17,6 @@ from threading import Lock
 from types import FrameType
 
 from timm_iebn.data import add_data_dir
-from timm_iebn.recipe import RecipeError
 from timm_iebn.study import Run, Study, keep, load_study, write_report
 
 ROOT = Path(__file__).parents[1]
@@ -73,10 +72,10 @@ def main() -> int:
     args = parser.parse_args()
     try:
         studies = [load_study(folder) for folder in args.studies]
-    except RecipeError as e:
+        todo = [(study, run) for study in studies for run in study.runs if study.log(run) is None]
+    except ValueError as e:  # RecipeError too
         print(f"study.py: {e}", file=sys.stderr)
         return 2
-    todo = [(study, run) for study in studies for run in study.runs if study.log(run) is None]
     todo.sort(key=lambda pair: pair[0].seeds.index(pair[1].seed))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.jobs)))
     queue = Queue(todo, args.output, ["--data-dir", args.data_dir, "--mix-data-dir", args.mix_data_dir])

@@ -10,16 +10,19 @@ With --check nothing is written; the exit status is 1 if something is out of lin
 
 import argparse
 import sys
+from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 
 import timm
+from filelock import FileLock
 
 from timm_iebn.card import make_card, make_warm_start_card
+from timm_iebn.checkpoint import write_atomically
 from timm_iebn.models._registry import WARM_START
 from timm_iebn.results import compare, plot_results, results_table, short_table
 from timm_iebn.study import Study, load_study, plot_study, report
-from timm_iebn.zoo import WEIGHTS, check_shipped, model_folders, read_config
+from timm_iebn.zoo import check_weights, model_folders, read_config
 
 ROOT = Path(__file__).parents[1]
 ZOO_README = """\
@@ -85,11 +88,18 @@ def main() -> int:
     parser.add_argument("--check", action="store_true")
     is_check = parser.parse_args().check
     try:
-        for folder in model_folders():
-            check_shipped(folder / WEIGHTS)
-        wanted = texts(ROOT)
-    except (RuntimeError, ValueError) as e:  # RecipeError too
+        # two at once would write into each other's files
+        with nullcontext() if is_check else FileLock(ROOT / "zoo" / ".lock", timeout=300):
+            return update(is_check)
+    except (RuntimeError, ValueError, OSError) as e:  # RecipeError and CheckpointError too
         sys.exit(f"update_zoo.py: {e}")
+
+
+def update(is_check: bool) -> int:
+    """Writes what is out of line, or says so; the exit status."""
+    for folder in model_folders():
+        check_weights(folder)
+    wanted = texts(ROOT)
     if orphans := set((ROOT / "zoo" / "warm_starts").glob("*.md")) - wanted.keys():
         sys.exit(f"{', '.join(str(path.relative_to(ROOT)) for path in orphans)}: no such network; remove it")
     stale = {
@@ -98,7 +108,7 @@ def main() -> int:
     for path, text in stale.items():
         print(f"{path.relative_to(ROOT)} {'is out of line' if is_check else 'written'}")
         if not is_check:
-            path.write_text(text, encoding="utf-8")
+            write_atomically(path, text.encode())  # README.md holds what people wrote
     if not is_check:
         plot_results(ROOT / "zoo", ROOT / "zoo" / "results.png")
         for study in load_studies(ROOT / "zoo"):

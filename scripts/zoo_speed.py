@@ -8,6 +8,7 @@ of the repeats. Rows of other devices stay. Nothing else may run meanwhile.
 
 import argparse
 import csv
+import io
 import statistics
 import time
 from datetime import date
@@ -15,6 +16,7 @@ from datetime import date
 import timm
 import torch
 
+from timm_iebn.checkpoint import write_atomically
 from timm_iebn.zoo import WEIGHTS, ZOO, model_folders, read_config
 
 FIELDS = ("architecture", "input_size", "device", "batch_size", "images_per_second", "torch", "date")
@@ -62,10 +64,11 @@ def main() -> None:
         dict(architecture=architecture, input_size=size, images_per_second=f"{speed:.0f}", **about)
         for (architecture, size), speed in sorted(measure(device, args.repeats, args.batch_size).items())
     ]
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(sorted((*others, *rows), key=lambda row: (row["architecture"], row["device"])))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(sorted((*others, *rows), key=lambda row: (row["architecture"], row["device"])))
+    write_atomically(path, text.getvalue().encode())  # it holds other machines' figures too
     for row in rows:
         print(f"{row['architecture']:32} {row['images_per_second']:>8} images/s on {name}")
 

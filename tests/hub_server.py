@@ -62,8 +62,9 @@ class Fault:
     """What goes wrong with requests whose "METHOD /path" matches `pattern`, the first `times` times.
 
     kind: "hang up" (before the request is read), "no answer" (it is done, and the connection closes), "cut" (half of
-    the answer's body), "corrupt" (its last bit is flipped), "slow" (the answer takes 8 s), a status: "503", "gated"; or
-    what happens just before the request is handled, such as somebody else's commit.
+    the answer's body), "corrupt" (its last bit is flipped), "slow" (the answer takes 8 s), "trickle" (it comes in
+    parts, for a second), a status: "503", "gated"; or what happens just before the request is handled, such as
+    somebody else's commit.
     """
 
     pattern: str
@@ -358,7 +359,11 @@ class _Handler(BaseHTTPRequestHandler):
             body = body[:-1] + bytes([body[-1] ^ 1])
         if self.fault == "cut":
             body, self.close_connection = body[: len(body) // 2], True
-        self.wfile.write(body)
+        step = -(-len(body) // 20) if self.fault == "trickle" else len(body)
+        for start in range(0, len(body), max(step, 1)):
+            self.wfile.write(body[start : start + step])
+            if step < len(body):
+                time.sleep(0.05)
 
     def log_message(self, *_) -> None:
         pass

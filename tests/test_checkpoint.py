@@ -1,8 +1,10 @@
+import hashlib
 import random
 import resource
 import signal
 
 import pytest
+import safetensors.torch
 import torch
 
 from timm_iebn.checkpoint import CheckpointError, load_latest, read_checkpoint, save_checkpoint, write_atomically
@@ -98,6 +100,19 @@ def test_where_none_is_whole_that_is_an_error_and_where_there_is_none_it_is_not(
     save_checkpoint(tmp_path, 1, {}).write_bytes(b"")
     with pytest.raises(CheckpointError, match="no checkpoint in .* is whole"):
         load_latest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "tree", ["{", '{"list": 5}', '{"tensor": "a"}', '{"dict": [1]}', '{"dtype": "x"}', "[" * 99999]
+)
+def test_a_whole_file_of_another_writer_is_no_torn_one(tmp_path, tree):
+    """It is not removed, and what came before does not take its place."""
+    save_checkpoint(tmp_path, 1, dict(step=1))
+    metadata = dict(tree=tree, sha256=hashlib.sha256(tree.encode()).hexdigest())
+    (tmp_path / "000000002.safetensors").write_bytes(safetensors.torch.save({}, metadata))
+    with pytest.raises(CheckpointError, match="000000002.safetensors is whole, but no checkpoint as this version"):
+        load_latest(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_whole(tmp_path):

@@ -4,6 +4,8 @@ The client reads its environment when it is imported, so what needs a Hub runs i
 `offline` and `unreachable` are functions that run a function there.
 """
 
+import hashlib
+import json
 import os
 import re
 import socket
@@ -343,6 +345,39 @@ def test_a_damaged_pickle_is_named(tmp_path, name, content):
     torch.save(timm.create_model(name).state_dict(), path)
     path.write_bytes(dict(cut=path.read_bytes()[:-1000], text=b"hello", empty=b"")[content])
     assert_explains(failure(name, pretrained_cfg_overlay=dict(file=str(path))), RuntimeError, name, path)
+
+
+@pytest.mark.parametrize("name", ["resnet20_cifar_iebn", "resnet20_cifar"])
+@pytest.mark.parametrize("place", ["num_classes", "model_args"])
+@pytest.mark.parametrize("number", [-1, 10, 10**9, "ten", None])
+def test_classes_that_are_not_those_of_the_weights_leave_no_random_head(folder, tmp_path, name, place, number):
+    model = timm.create_model(name, num_classes=12)
+    called = folder(model, model.state_dict())
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {place: number if place == "num_classes" else dict(num_classes=number)}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert_explains(failure(called), RuntimeError, tmp_path, "num_classes", name)
+
+
+def test_what_config_json_can_not_mean_is_named_with_its_folder(folder, tmp_path):
+    model = timm.create_model("resnet20_cifar_iebn")
+    called = folder(model, model.state_dict())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | dict(model_args=dict(nonsense=1))))
+    assert_explains(failure(called), RuntimeError, tmp_path, "config.json", "nonsense")
+
+
+def test_weights_that_are_not_those_of_their_config_json_are_refused(folder, tmp_path):
+    model = timm.create_model("resnet20_cifar_iebn")
+    called = folder(model, model.state_dict())
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["weights_sha256"] = hashlib.sha256((tmp_path / WEIGHTS).read_bytes()).hexdigest()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    timm.create_model(called, pretrained=True)
+    flipped = bytearray((tmp_path / WEIGHTS).read_bytes())
+    flipped[-1] ^= 1
+    (tmp_path / WEIGHTS).write_bytes(flipped)
+    assert_explains(failure(called), RuntimeError, tmp_path / WEIGHTS, "damaged")
 
 
 def test_a_folder_without_config_is_named(tmp_path):

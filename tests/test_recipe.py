@@ -1,3 +1,4 @@
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,29 @@ def test_a_bad_override_is_named(override, message):
         load_recipe(RECIPES[0], [override])
 
 
-@pytest.mark.parametrize("text", ["- a list", "model: resnet20_cifar", "{: :", b"model: \xff"])
+GOOD = "model: resnet20_cifar\ndata: digits\n"
+LAUGHS = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in pairwise("abcdefghijkl"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "- a list",
+        "model: resnet20_cifar",
+        "{: :",
+        b"model: \xff",
+        f"{LAUGHS}{GOOD}epochs: *l",
+        f"{GOOD}data: folder",
+        f"{GOOD}epochs: !!python/object/apply:os.getpid []",
+        f"{GOOD}epochs: 0x{'f' * 5000}",
+        f"{GOOD}epochs: {'9' * 5000}",
+        f"{GOOD}model_args: {'[' * 5000}",
+        f"{GOOD}train_split: 2001-13-45",
+        f"{GOOD}epochs: 1.5",
+        f"{GOOD}epoch: 1",
+    ],
+    ids=lambda text: repr(text[-30:]),
+)
 def test_a_bad_file_is_named(text, tmp_path):
     path = tmp_path / "bad.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())

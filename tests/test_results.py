@@ -1,6 +1,5 @@
 """What is written about the zoo, and the script that trains all of it."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -8,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import write_config
 
 from timm_iebn.model_folder import read_log
 from timm_iebn.recipe import Recipe, load_recipe
@@ -23,9 +23,7 @@ def add_run(zoo, name, top1, architecture=None, **recipe):
     folder.mkdir()
     (folder / "recipe.yaml").write_text(recipe.to_yaml())
     training = dict(test_top1=top1, epochs=recipe.epochs, seed=recipe.seed, pretrained=recipe.pretrained)
-    config = dict(architecture=architecture or recipe.model, parameters=1_727_284, macs=247_000_000, training=training)
-    config["pretrained_cfg"] = dict(input_size=[3, 32, 32])
-    (folder / "config.json").write_text(json.dumps(config))
+    write_config(folder, architecture or recipe.model, **training)
 
 
 def cells(table):

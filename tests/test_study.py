@@ -63,14 +63,29 @@ def test_the_table_says_what_the_last_epochs_of_the_logs_say(tmp_path):
     assert "| scale 0.5, offset 0.5 | batch norm | - |  |" in text and "5 of 8 runs are made" in text
 
 
+def test_a_log_without_the_columns_is_named(tmp_path):
+    study = load_study(write_study(tmp_path))
+    add_log(study, study.runs[0], 1.0)
+    log = study.folder / "runs" / study.runs[0].name / "log.csv"
+    log.write_text("epoch,loss\n1,1\n")
+    with pytest.raises(ValueError, match="log.csv is damaged: it has not the columns test_top1"):
+        report(study)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         (dict(nonsense=1), "is no study, which has the keys title, text, recipe, networks"),
         (dict(rows={"a": dict(noise_scal=1)}), "unknown key 'noise_scal': did you mean 'noise_scale'"),
         (dict(recipe="nowhere.yaml"), "can't read the recipe"),
+        (dict(networks=5), "study.yaml is no study.*networks should be a mapping .*, is 5"),
+        (dict(networks={}), "networks should be"),
+        (dict(rows={"a": 1}), "rows should be"),
+        (dict(seeds=["0"]), "seeds should be a list of whole numbers"),
+        (dict(columns=["test_top1"]), "columns should be"),
+        (dict(title=None), "title should be text"),
     ],
-    ids=["key", "override", "recipe"],
+    ids=str,
 )
 def test_a_study_that_can_not_be_made_is_refused(changes, message, tmp_path):
     with pytest.raises(RecipeError, match=message):

@@ -252,6 +252,24 @@ def test_fine_tuning_to_other_classes_starts_from_the_weights(trained, tmp_path)
     assert json.loads((folder / "config.json").read_text())["architecture"] == "resnet20_cifar_iebn"
 
 
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("epoch,loss\n1,0.5\n2\n", "line 3, .*1 values for 2 columns"),
+        ("epoch,loss\n1,0.5,7\n", "line 2, .*3 values for 2 columns"),
+        ("epoch,loss\n1,high\n", "line 2, .*'high'"),
+        ("epoch,epoch\n1,1\n", "line 1, .*a column stands twice"),
+        ('epoch,loss\n1,"0.5\n', "line 2, .*unexpected end"),
+        ("epoch,loss\n1,\x000\n", "line 2, "),
+        (b"epoch,loss\n\xff,0\n", "line "),
+    ],
+)
+def test_a_damaged_log_is_named_with_its_line(text, reason, tmp_path):
+    (tmp_path / "log.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=f"log.csv, {reason}"):
+        read_log(tmp_path / "log.csv")
+
+
 def test_channels_last_weights_save_and_load(tmp_path):
     model = timm.create_model("resnet20_cifar_iebn").to(memory_format=torch.channels_last)
     save_weights(model, tmp_path / "model.safetensors")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from conftest import write_config
 from timm.models import get_pretrained_cfg
 
 import timm_iebn
@@ -51,8 +52,7 @@ def test_the_default_is_the_longest_training_then_the_lowest_seed(tmp_path):
     def add(name, epochs, seed, pretrained=False):
         name = f"net.{name}"
         (tmp_path / name).mkdir()
-        training = f'"epochs": {epochs}, "seed": {seed}, "pretrained": {str(pretrained).lower()}'
-        (tmp_path / name / "config.json").write_text(f'{{"architecture": "net", "training": {{{training}}}}}')
+        write_config(tmp_path / name, "net", epochs=epochs, seed=seed, pretrained=pretrained)
 
     add("a", 60, 1)
     add("b", 164, 2)
@@ -62,7 +62,17 @@ def test_the_default_is_the_longest_training_then_the_lowest_seed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "config", ["{", "[]", "{}", '{"architecture": "net"}', '{"architecture": "other", "training": 1}']
+    "config",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"architecture": "net"}',
+        '{"architecture": "other", "training": 1}',
+        "[" * 100_000,
+        '{"a": NaN}',
+    ],
+    ids=lambda config: config[:30],
 )
 def test_a_folder_of_others_is_left_out_with_a_warning(copied_zoo, config):
     other = copied_zoo.parent / "other.tag"
@@ -70,6 +80,22 @@ def test_a_folder_of_others_is_left_out_with_a_warning(copied_zoo, config):
     (other / "config.json").write_text(config)
     with pytest.warns(UserWarning, match="other.tag is left out"):
         assert model_folders(copied_zoo.parent) == [copied_zoo]
+
+
+@pytest.mark.parametrize("changes", [dict(seed="0"), dict(epochs=None), dict(pretrained=1), dict(test_top1="high")])
+def test_a_config_json_of_another_shape_does_not_break_the_import(tmp_path, changes):
+    (tmp_path / "net.a").mkdir()
+    write_config(tmp_path / "net.a", "net", seed=1)
+    (tmp_path / "net.b").mkdir()
+    write_config(tmp_path / "net.b", "net", **changes)
+    with pytest.warns(UserWarning, match=f"net.b is left out .*{next(iter(changes))!r} should be of type"):
+        assert [folder.name for folder in model_folders(tmp_path)] == ["net.a"]
+
+
+def test_a_damaged_speed_csv_is_named(tmp_path):
+    (tmp_path / "speed.csv").write_text("architecture,speed\nnet,1\n")
+    with pytest.raises(ValueError, match="speed.csv is not as zoo_speed.py writes it"):
+        zoo.speeds_of(dict(architecture="net", pretrained_cfg=dict(input_size=[3, 8, 8])), tmp_path)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,8 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.replace(partial, path)
         sync_to_disk(path.parent)
     except OSError as e:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # where nothing can be written, nothing can be removed
+            partial.unlink(missing_ok=True)
         reason = "the disk is full" if e.errno in (errno.ENOSPC, errno.EDQUOT) else e.strerror
         raise CheckpointError(f"can't write {path}: {reason}; {len(data) / 1e6:.1f} MB are needed") from e
 
@@ -131,7 +133,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise TornCheckpointError(f"{path} is not a whole checkpoint: {e}") from e
     if _digest(tree, tensors) != expected:
         raise TornCheckpointError(f"{path} is not a whole checkpoint: its checksum is wrong")
-    return _unflatten(json.loads(tree), tensors)
+    try:
+        return _unflatten(json.loads(tree), tensors)
+    except Exception as e:  # whatever another writer may have meant
+        reason = f"{type(e).__name__}: {e}"[:200]
+        raise CheckpointError(f"{path} is whole, but no checkpoint as this version writes them: {reason}") from e
 
 
 def load_latest(folder: Path) -> tuple[Path, dict[str, Any]] | None:

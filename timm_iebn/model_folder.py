@@ -125,9 +125,25 @@ def log_text(rows: list[dict[str, Any]]) -> str:
 
 
 def read_log(path: str | Path) -> list[dict[str, float]]:
-    """The rows of a log.csv."""
-    with open(path, newline="") as file:
-        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+    """The rows of a log.csv.
+
+    Raises:
+        ValueError: it is damaged; the message names it and the line.
+    """
+    with open(path, newline="", encoding="utf-8") as file:
+        reader = csv.reader(file, strict=True)
+        try:
+            names = next(reader, [])
+            if len(set(names)) < len(names):
+                raise ValueError(f"a column stands twice in {names}")
+            rows = []
+            for values in filter(None, reader):
+                if len(values) != len(names):
+                    raise ValueError(f"{len(values)} values for {len(names)} columns")
+                rows.append(dict(zip(names, map(float, values), strict=True)))
+            return rows
+        except (ValueError, csv.Error) as e:
+            raise ValueError(f"{path}, line {reader.line_num}, is not of a log: {e}") from e
 
 
 def plot_curves(rows: list[dict[str, Any]], path: str | Path, title: str) -> None:

@@ -10,6 +10,8 @@ from typing import Any, get_origin
 
 import yaml
 
+from .safe_yaml import parse_yaml
+
 _CHOICES = dict(
     sched=("multistep", "cosine", "tanh", "poly"),
     loader=("memory", "timm"),
@@ -181,7 +183,7 @@ class Recipe:
 
 def _parse(override: str, value: str) -> Any:
     try:
-        return yaml.safe_load(value)
+        return parse_yaml(value)
     except yaml.YAMLError as e:
         raise RecipeError(f"{override!r}: {value!r} is not YAML: {str(e).splitlines()[0]}") from e
 
@@ -192,8 +194,10 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     Raises:
         RecipeError: no such file, no YAML mapping, an unknown key, or a value of the wrong type or range.
     """
+    overrides = list(overrides)
+    where = f"{path} with {' '.join(overrides)}" if overrides else str(path)
     try:
-        values: Any = yaml.safe_load(Path(path).read_text())
+        values: Any = parse_yaml(Path(path).read_text(encoding="utf-8"))
         values = dict(values) if isinstance(values, dict) else None
         for override in overrides:
             key, equals, value = override.partition("=")
@@ -210,8 +214,11 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         if key not in known:
             close = difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
-            raise RecipeError(f"unknown key {key!r}: {hint}")
+            raise RecipeError(f"{where}: unknown key {key!r}: {hint}")
     for key in ("model", "data"):
         if key not in values:
             raise RecipeError(f"{path} lacks the key {key!r}")
-    return Recipe(**values)
+    try:
+        return Recipe(**values)
+    except RecipeError as e:
+        raise RecipeError(f"{where}: {e}") from e

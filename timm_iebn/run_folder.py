@@ -41,9 +41,13 @@ def finished_row(recipe: Recipe, output: Path) -> dict[str, float] | None:
     if not (output / "log.csv").exists():
         return None
     _check_same_recipe(recipe, output)
-    rows = read_log(output / "log.csv")
-    if len(rows) < recipe.epochs:
-        raise RecipeError(f"output: {output / 'log.csv'} has {len(rows)} of {recipe.epochs} epochs: move it away")
+    try:
+        rows = read_log(output / "log.csv")
+    except ValueError as e:
+        raise RecipeError(f"output: {e}: move it away") from e
+    whole = [row for row in rows if "test_top1" in row]
+    if len(whole) < recipe.epochs:
+        raise RecipeError(f"output: {output / 'log.csv'} has {len(whole)} of {recipe.epochs} epochs: move it away")
     clean_up(work_folder(output))  # a kill may have prevented it
     return rows[-1]
 

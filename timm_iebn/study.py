@@ -17,9 +17,11 @@ import yaml
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from .checkpoint import write_atomically
 from .model_folder import read_log
 from .recipe import RecipeError, load_recipe
 from .results import mean_and_spread, paired_difference
+from .safe_yaml import parse_yaml
 
 RUN_FILES = ("recipe.yaml", "log.csv", "environment.txt")
 
@@ -65,7 +67,12 @@ class Study:
     def log(self, run: Run) -> list[dict[str, float]] | None:
         """The epochs of `run`, if it has been made."""
         path = self.folder / "runs" / run.name / "log.csv"
-        return read_log(path) if path.exists() else None
+        if not path.exists():
+            return None
+        rows = read_log(path)
+        if not rows or not self.columns.keys() <= rows[0].keys():
+            raise ValueError(f"{path} is damaged: it has not the columns {', '.join(self.columns)}")
+        return rows
 
     def logs(self, row: str, network: str) -> dict[int, list[dict[str, float]]]:
         """The logs of the runs made of `row` and `network`, by seed."""
@@ -80,14 +87,37 @@ def load_study(folder: Path) -> Study:
         RecipeError: its study.yaml is not one, or some run has no possible recipe.
     """
     try:
-        values = yaml.safe_load((folder / "study.yaml").read_text(encoding="utf-8"))
+        values = parse_yaml((folder / "study.yaml").read_text(encoding="utf-8"))
         study = Study(folder=folder, **values)
-    except (OSError, TypeError, yaml.YAMLError) as e:
+        _check_types(study)
+        runs = study.runs
+    except (OSError, TypeError, UnicodeDecodeError, yaml.YAMLError) as e:
         keys = ", ".join(f.name for f in fields(Study)[1:])
         raise RecipeError(f"{folder / 'study.yaml'} is no study, which has the keys {keys}: {e}") from e
-    for run in study.runs:
+    for run in runs:
         load_recipe(study.recipe_path, run.overrides)
     return study
+
+
+def _is_mapping(value: Any, kind: type) -> bool:
+    names = isinstance(value, dict) and all(isinstance(key, str) for key in value)
+    return bool(value) and names and all(isinstance(v, kind) for v in value.values())
+
+
+def _check_types(study: Study) -> None:
+    changes = "a mapping of names to changes of the recipe"
+    wanted = {
+        "title": ("text", lambda v: isinstance(v, str)),
+        "text": ("text", lambda v: isinstance(v, str)),
+        "recipe": ("text", lambda v: isinstance(v, str)),
+        "networks": (changes, lambda v: _is_mapping(v, dict)),
+        "seeds": ("a list of whole numbers", lambda v: isinstance(v, list) and v and all(type(s) is int for s in v)),
+        "rows": (changes, lambda v: _is_mapping(v, dict)),
+        "columns": ("a mapping of columns to what they are called", lambda v: _is_mapping(v, str)),
+    }
+    for name, (what, is_right) in wanted.items():
+        if not is_right(value := getattr(study, name)):
+            raise TypeError(f"{name} should be {what}, is {value!r}")
 
 
 def keep(study: Study, run: Run, output: Path) -> None:
@@ -98,12 +128,13 @@ def keep(study: Study, run: Run, output: Path) -> None:
     partial.mkdir(parents=True)
     for name in RUN_FILES:
         shutil.copyfile(output / name, partial / name)
+    shutil.rmtree(folder, ignore_errors=True)  # of another process that makes this study, and the same
     partial.rename(folder)
 
 
 def write_report(study: Study) -> None:
     """README.md and curves.png of a study."""
-    (study.folder / "README.md").write_text(report(study), encoding="utf-8")
+    write_atomically(study.folder / "README.md", report(study).encode())
     plot_study(study, study.folder / "curves.png")
 
 

@@ -133,6 +133,16 @@ class Trainer:
         if found is None:
             return
         self.last_checkpoint, state = found
+        try:
+            self._take_up(state)
+        except RecipeError:
+            raise
+        except Exception as e:  # of a checkpoint of another version, say
+            raise CheckpointError(
+                f"can't go on from {self.last_checkpoint}: {type(e).__name__}: {str(e)[:1000]}"
+            ) from e
+
+    def _take_up(self, state: dict[str, Any]) -> None:
         if state["data"] != self.setup.data:
             raise RecipeError(f"data: {self.last_checkpoint} was trained on other images than these, see --data-dir")
         self.epoch, self.step, self.rows = state["epoch"], state["step"], state["rows"]
@@ -235,6 +245,11 @@ class Trainer:
                     self._run_epochs()
             except RecipeError as e:  # an image that can't be read, met late
                 raise TrainingError(f"{e}; {self._left()}") from e
+            except RuntimeError as e:
+                if "DataLoader worker" not in str(e):
+                    raise
+                reason = " ".join(str(e).split())  # raised wherever the main process was when the signal came
+                raise TrainingError(f"a worker that loads images has died ({reason}); {self._left()}") from e
             if accelerator.is_main_process:
                 self._finish()
             accelerator.end_training()

@@ -34,14 +34,20 @@ def open_network(
     given = {k: v for k, v in dict(data=data, test_split=test_split, loader=loader).items() if v is not None}
     recipe = _recipe(name, given)
     test, classes = open_test_data(recipe, data_dir)
-    model = timm.create_model(f"local-dir:{name}" if Path(name).is_dir() else name, pretrained=True)
+    try:
+        model = timm.create_model(f"local-dir:{name}" if Path(name).is_dir() else name, pretrained=True)
+        share, data_config = make_share(model, test, accelerator, recipe.channels_last)
+    except RecipeError:
+        raise
+    except Exception as e:  # whatever a config.json that anybody may have written leads timm to
+        raise RecipeError(f"model: can't load {name!r}: {type(e).__name__}: {e}") from e
     if model.num_classes != len(classes):
         raise RecipeError(f"{name} tells {model.num_classes} classes apart, {recipe.data!r} has {len(classes)}")
     known = model.pretrained_cfg.get("label_names") or classes
-    if list(known) != classes:
-        odd = next(f"{a!r} is {b!r}" for a, b in zip(known, classes, strict=True) if a != b)
-        raise RecipeError(f"{name} knows other classes than {recipe.data!r}: {odd} there")
-    share, data_config = make_share(model, test, accelerator, recipe.channels_last)
+    if not isinstance(known, list | tuple) or len(known) != len(classes):
+        raise RecipeError(f"model: the label_names of {name!r} are not {len(classes)} names")
+    if odd := [f"{a!r} is {b!r}" for a, b in zip(known, classes, strict=True) if a != b]:
+        raise RecipeError(f"{name} knows other classes than {recipe.data!r}: {odd[0]} there")
     return model.to(accelerator.device), make_loader(test, share, data_config, workers=workers), recipe
 
 

@@ -32,9 +32,50 @@ def hub_id(folder: Path, namespace: str = "") -> str:
     return f"{namespace or hub_namespace()}/{folder.resolve().name}"
 
 
+# what the trainer writes into config.json, and others read
+_NUMBER = (int, float)
+_CONFIG = dict(architecture=str, label_names=list, parameters=int, macs=int, weights_sha256=str)
+_TRAINING = dict(data=str, epochs=int, seed=int, pretrained=bool, date=str)
+_TRAINING |= dict(test_loss=_NUMBER, test_top1=_NUMBER, test_top5=_NUMBER)
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number of JSON")
+
+
+def _parse_config(path: Path) -> dict[str, Any]:
+    """What the config.json of anybody's model folder says; ValueError where it is damaged."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path} can't be read: {e}") from e
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds no mapping")
+    return config
+
+
 def read_config(folder: Path) -> dict[str, Any]:
-    """The config.json of a model folder."""
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    """The config.json of a model folder that the trainer has written.
+
+    Raises:
+        ValueError: it is damaged, or somebody else's; the message names it.
+    """
+    path = folder / "config.json"
+    config = _parse_config(path)
+
+    def check(part: Any, name: str, kinds: dict[str, Any]) -> None:
+        if not isinstance(part, dict):
+            raise ValueError(f"{path}: {name!r} is missing or no mapping")
+        for key, kind in kinds.items():
+            allowed = kind if isinstance(kind, tuple) else (kind,)
+            if type(part.get(key)) not in allowed:
+                words = " or ".join(k.__name__ for k in allowed)
+                raise ValueError(f"{path}: {key!r} should be of type {words}, is {part.get(key)!r}")
+
+    check(config, "", _CONFIG)
+    check(config.get("training"), "training", _TRAINING)
+    check(config.get("pretrained_cfg"), "pretrained_cfg", dict(input_size=list))
+    return config
 
 
 def model_folders(zoo: Path = ZOO) -> list[Path]:
@@ -50,8 +91,8 @@ def model_folders(zoo: Path = ZOO) -> list[Path]:
             if not path.parent.name.startswith(f"{config['architecture']}."):
                 raise ValueError(f"the folder is not named {config['architecture']}.TAG")
             rank = training["pretrained"], -training["epochs"], training["seed"], path.parent.name
-        except (ValueError, KeyError, TypeError) as e:
-            warnings.warn(f"{path.parent} is left out ({type(e).__name__}: {e})", stacklevel=2)
+        except (ValueError, OSError) as e:
+            warnings.warn(f"{path.parent} is left out ({e})", stacklevel=2)
         else:
             ranks[path.parent] = rank
     return sorted(ranks, key=ranks.get)
@@ -81,16 +122,21 @@ def zoo_cfgs(architecture: str, base: dict[str, Any]) -> dict[str, dict[str, Any
     return cfgs
 
 
-def check_shipped(weights: str | Path) -> None:
-    """Raises RuntimeError if `weights` are those of a folder of the zoo and not what its config says."""
-    weights = Path(weights)
-    if weights.name == WEIGHTS and weights.parent.parent == ZOO and weights.exists():
-        digest = sha256(weights)
-        if digest != read_config(weights.parent)["weights_sha256"]:
-            raise RuntimeError(
-                f"{weights} is damaged (its sha256 is {digest}): install timm-iebn again, or take "
-                "the file from git again"
-            )
+def check_weights(place: str | Path) -> None:
+    """Raises RuntimeError if weights are not what the config.json beside them says. Says it nothing, all is well.
+
+    Args:
+        place: a model folder, or a file; only its `WEIGHTS` are known to a config.json.
+    """
+    weights = Path(place) / WEIGHTS if Path(place).is_dir() else Path(place)
+    config = weights.with_name("config.json")
+    if weights.name == WEIGHTS and weights.exists() and config.exists():
+        expected, digest = _parse_config(config).get("weights_sha256"), sha256(weights)
+        if expected not in (None, digest):
+            remedy = "take the folder again from where it came from, or remove weights_sha256 if the weights are yours"
+            if weights.parent.parent == ZOO:
+                remedy = "install timm-iebn again, or take the file from git again"
+            raise RuntimeError(f"{weights} is damaged (its sha256 is {digest}, config.json has another): {remedy}")
 
 
 def check_download(hub_id: str, cache_dir: str | Path | None = None) -> None:
@@ -174,6 +220,9 @@ def speeds_of(config: dict[str, Any], zoo: Path = ZOO) -> dict[str, float]:
     path, size = zoo / "speed.csv", "x".join(map(str, config["pretrained_cfg"]["input_size"]))
     if not path.exists():
         return {}
-    with open(path, newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["architecture"] == config["architecture"]]
-    return {row["device"]: float(row["images_per_second"]) for row in rows if row["input_size"] == size}
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.DictReader(file, strict=True) if row["architecture"] == config["architecture"]]
+        return {row["device"]: float(row["images_per_second"]) for row in rows if row["input_size"] == size}
+    except (KeyError, TypeError, ValueError, csv.Error) as e:
+        raise ValueError(f"{path} is not as zoo_speed.py writes it: {type(e).__name__}: {e}") from e

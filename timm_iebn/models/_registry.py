@@ -14,7 +14,7 @@ from typing import Any
 
 from huggingface_hub import constants
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from timm.models import (
     PretrainedCfg,
     build_model_with_cfg,
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from ..convert import GATES, SHORTCUTS, convert_bn_to_iebn, warm_start_state_dict
 from ..layers import IEBN2d
-from ..zoo import HTTPError, check_download, check_shipped
+from ..zoo import WEIGHTS, HTTPError, check_download, check_weights
 from ._fused import fuse_blocks
 
 WARM_START = "warmstart_"  # how tags of batch-norm weights begin
@@ -52,7 +52,9 @@ def define_model(module: str, name: str, doc: str, build: Callable[..., nn.Modul
 
 def build_with_cfg(model_cls: Callable[..., nn.Module], variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     """As timm's `build_model_with_cfg`; where weights can't be loaded, the error says which, from where, and why."""
-    is_built = False
+    given, is_built = kwargs.get("pretrained_cfg"), False
+    # timm gives what it read of a config.json as a dict
+    folder = given.get("file") or given.get("hf_hub_id") if isinstance(given, dict) and _is_own(given) else None
 
     def build(*args: Any, **model_args: Any) -> nn.Module:
         nonlocal is_built
@@ -60,18 +62,25 @@ def build_with_cfg(model_cls: Callable[..., nn.Module], variant: str, pretrained
         is_built = True  # what fails from here on is loading
         return model
 
-    if not pretrained:
-        return build_model_with_cfg(build, variant, pretrained, **kwargs)
-    cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
-    if cfg.file:
-        check_shipped(cfg.file)
     try:
+        cfg = resolve_pretrained_cfg(variant, given, kwargs.get("pretrained_cfg_overlay"))
+        if pretrained and cfg.file:
+            check_weights(cfg.file)
+        if pretrained and folder:
+            _check_config(cfg, kwargs.get("pretrained_model_args") or {})
         model = build_model_with_cfg(build, variant, pretrained, **kwargs)
-    except _LOADING_ERRORS as e:
-        if not is_built:
-            raise
-        raise _explain(variant, cfg, kwargs.get("cache_dir"), e) from e
-    if cfg.hf_hub_id and not cfg.file and not cfg.state_dict:
+    except Exception as e:
+        is_loading = is_built and isinstance(e, _LOADING_ERRORS)
+        if pretrained and (is_loading or isinstance(e, SafetensorError)):
+            raise _explain(variant, cfg, kwargs.get("cache_dir"), e) from e
+        if folder and str(folder) not in str(e):
+            reason = " ".join(str(e).split())[:500]
+            raise RuntimeError(
+                f"{folder} can't be loaded: its config.json and the arguments given say what can't be done with "
+                f"{variant} or its weights ({type(e).__name__}: {reason})"
+            ) from e
+        raise
+    if pretrained and cfg.hf_hub_id and not cfg.file and not cfg.state_dict:
         check_download(cfg.hf_hub_id, kwargs.get("cache_dir"))
     return model
 
@@ -114,6 +123,32 @@ def warm_start_cfgs(twin: str, default_tag: str) -> dict[str, PretrainedCfg]:
         f"{twin}_iebn.{WARM_START}{tag}": replace(cfgs[tag], architecture=None, tag=None, url="", custom_load=False)
         for tag in dict.fromkeys(tags)
     }
+
+
+def _is_own(cfg: dict[str, Any]) -> bool:
+    """Whether a cfg is from the config.json of a folder or repository, and not one of timm's or ours."""
+    return cfg.get("source") in ("hf-hub", "local-dir")
+
+
+def _check_config(cfg: PretrainedCfg, model_args: dict[str, Any]) -> None:
+    """Raises ValueError unless the config.json of a folder or repository says one number of classes and of channels,
+    that of the weights.
+
+    With two, timm would take the head for a new one and leave it random; with huge ones, build the network first.
+    """
+    classes = {cfg.num_classes, model_args.get("num_classes", cfg.num_classes)}
+    channels = {cfg.input_size[0], model_args.get("in_chans", cfg.input_size[0])}
+    weights = Path(cfg.file or "") / WEIGHTS
+    if cfg.source == "local-dir" and weights.exists():
+        with safe_open(weights, "pt") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
+        heads = [shapes.get(f"{name}.weight") for name in _as_tuple(cfg.classifier)]
+        stems = [shapes.get(f"{name}.weight") for name in _as_tuple(cfg.first_conv)]
+        classes |= {shape[0] - (cfg.label_offset or 0) for shape in filter(None, heads)}
+        channels |= {shape[1] for shape in filter(None, stems)}
+    for what, found in dict(num_classes=classes, in_chans=channels).items():
+        if len(found) > 1 or not all(type(n) is int and n >= 0 for n in found):
+            raise ValueError(f"{what}: config.json and weights do not agree on one number: {sorted(found, key=str)}")
 
 
 def _as_tuple(names: str | tuple[str, ...] | None) -> tuple[str, ...]:
@@ -161,7 +196,7 @@ def _add_gates(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Ten
     must raise no TypeError, which timm takes for a wrong signature.
     """
     cfg = model.pretrained_cfg
-    is_own = cfg.get("source") in ("hf-hub", "local-dir") or not str(cfg.get("tag")).startswith(WARM_START)
+    is_own = _is_own(cfg) or not str(cfg.get("tag")).startswith(WARM_START)
     is_gated = any(key.endswith("gate_weight") for key in state_dict)
     try:
         if not is_own and not is_gated:

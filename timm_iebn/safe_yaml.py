@@ -1,0 +1,45 @@
+"""YAML as recipes and studies use it: plain values, each written out once; everything else is one kind of error."""
+
+from collections import Counter
+from collections.abc import Hashable
+from typing import Any
+
+import yaml
+
+
+class _Loader(yaml.SafeLoader):
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        if self.check_event(yaml.AliasEvent):  # nine lines of them can stand for a billion values
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not taken: write the value out", mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict[Hashable, Any]:
+        if isinstance(node, yaml.MappingNode):
+            self.flatten_mapping(node)
+            keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+            if twice := [key for key, times in keys.items() if times > 1]:  # the last one would win
+                raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+    def construct_yaml_int(self, node: yaml.Node) -> int:
+        value = super().construct_yaml_int(node)
+        if value.bit_length() > 64:  # Python refuses to print what is much longer
+            raise yaml.constructor.ConstructorError(None, None, "a number of more than 64 bits", node.start_mark)
+        return value
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
+
+def parse_yaml(text: str) -> Any:
+    """What `text` says, in plain values.
+
+    Raises:
+        yaml.YAMLError: it is no YAML, or more than plain values.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except (ValueError, RecursionError, AttributeError, TypeError, KeyError, IndexError) as e:
+        # such as dates that there are not, deep nesting, or `!!timestamp x`
+        raise yaml.YAMLError(f"{type(e).__name__}: {e}") from e
