@@ -62,4 +62,4 @@ real = m.version
 m.version = lambda name: "1.0.3" if name == "timm" else real(name)
 import timm_iebn"""
     result = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True)
-    assert result.returncode == 1 and "ImportError: timm-iebn needs timm<2,>=1.0.26, and finds 1.0.3" in result.stderr
+    assert result.returncode == 1 and "ImportError: timm-iebn needs timm<2,>=1.0.31, and finds 1.0.3" in result.stderr
