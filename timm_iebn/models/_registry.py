@@ -63,11 +63,12 @@ def build_with_cfg(model_cls: Callable[..., nn.Module], variant: str, pretrained
         return model
 
     try:
-        cfg = resolve_pretrained_cfg(variant, given, kwargs.get("pretrained_cfg_overlay"))
-        if pretrained and cfg.file:
-            check_weights(cfg.file)
-        if pretrained and folder:
-            _check_config(cfg, kwargs.get("pretrained_model_args") or {})
+        if pretrained:
+            cfg = resolve_pretrained_cfg(variant, given, kwargs.get("pretrained_cfg_overlay"))
+            if cfg.file:
+                check_weights(cfg.file)
+            if folder:
+                _check_config(cfg, kwargs.get("pretrained_model_args") or {})
         model = build_model_with_cfg(build, variant, pretrained, **kwargs)
     except Exception as e:
         is_loading = is_built and isinstance(e, _LOADING_ERRORS)
