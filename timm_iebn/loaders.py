@@ -5,6 +5,7 @@ not of the number of workers. Nor does it depend on the number of processes, but
 """
 
 import hashlib
+import math
 import random
 import signal
 from collections.abc import Iterator, Sequence
@@ -288,6 +289,12 @@ def make_share(
         channels, config["input_size"], config["crop_pct"] = own[0], own, 1.0
         if channels != len(config["mean"]) and not given.keys() & {"mean", "std"}:
             config |= {k: (sum(config[k]) / len(config[k]),) * channels for k in ("mean", "std")}
+    for key in ("mean", "std"):
+        is_number = [isinstance(v, int | float) and math.isfinite(v) and abs(v) < 1e6 for v in config[key]]
+        if not all(is_number) or (key == "std" and min(config[key]) <= 0):
+            raise RecipeError(
+                f"data_config: {key} {list(config[key])} are not numbers that images can be normalised by"
+            )
     for key, found in dict(
         input_size=config["input_size"][0], mean=len(config["mean"]), std=len(config["std"])
     ).items():

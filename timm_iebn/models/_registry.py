@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from ..convert import GATES, SHORTCUTS, convert_bn_to_iebn, warm_start_state_dict
 from ..layers import IEBN2d
+from ..messages import shorten
 from ..zoo import WEIGHTS, HTTPError, check_download, check_weights
 from ._fused import fuse_blocks
 
@@ -75,10 +76,9 @@ def build_with_cfg(model_cls: Callable[..., nn.Module], variant: str, pretrained
         if pretrained and (is_loading or isinstance(e, SafetensorError)):
             raise _explain(variant, cfg, kwargs.get("cache_dir"), e) from e
         if folder and str(folder) not in str(e):
-            reason = " ".join(str(e).split())[:500]
             raise RuntimeError(
                 f"{folder} can't be loaded: its config.json and the arguments given say what can't be done with "
-                f"{variant} or its weights ({type(e).__name__}: {reason})"
+                f"{variant} or its weights ({type(e).__name__}: {shorten(e)})"
             ) from e
         raise
     if pretrained and cfg.hf_hub_id and not cfg.file and not cfg.state_dict:
@@ -213,7 +213,7 @@ def _explain(variant: str, cfg: PretrainedCfg, cache_dir: str | Path | None, err
     """One paragraph that says what was looked for, where, and what to do."""
     # the client's own message for a cold cache is a general one; what it was raised from says why
     reason = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
-    reason = f"{type(reason).__name__}: {' '.join(str(reason).split()) or 'no details'}"
+    reason = f"{type(reason).__name__}: {shorten(reason) or 'no details'}"
     where = str(cfg.file or cfg.hf_hub_id)
     if isinstance(error, _DAMAGED):
         return RuntimeError(
