@@ -5,7 +5,6 @@ not of the number of workers. Nor does it depend on the number of processes, but
 """
 
 import hashlib
-import math
 import random
 import signal
 from collections.abc import Iterator, Sequence
@@ -281,6 +280,12 @@ def make_share(
     """
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in (data_config or {}).items()}
     config = resolve_data_config(model=model) | given
+    for key, least in dict(mean=-1e6, std=0).items():
+        value = config[key]
+        if not isinstance(value, list | tuple) or not all(
+            isinstance(v, int | float) and least < v < 1e6 for v in value
+        ):
+            raise RecipeError(f"data_config: images can't be normalised by the {key} {value!r}")
     channels = 3
     if isinstance(split, Images):
         own = tuple(split.images.shape[1:])
@@ -289,12 +294,6 @@ def make_share(
         channels, config["input_size"], config["crop_pct"] = own[0], own, 1.0
         if channels != len(config["mean"]) and not given.keys() & {"mean", "std"}:
             config |= {k: (sum(config[k]) / len(config[k]),) * channels for k in ("mean", "std")}
-    for key in ("mean", "std"):
-        is_number = [isinstance(v, int | float) and math.isfinite(v) and abs(v) < 1e6 for v in config[key]]
-        if not all(is_number) or (key == "std" and min(config[key]) <= 0):
-            raise RecipeError(
-                f"data_config: {key} {list(config[key])} are not numbers that images can be normalised by"
-            )
     for key, found in dict(
         input_size=config["input_size"][0], mean=len(config["mean"]), std=len(config["std"])
     ).items():
