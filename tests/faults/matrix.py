@@ -107,7 +107,7 @@ FAULTS = [
         "a tmpfs of 4 to 396 kB, a random size each time; then it grows",
         ONE_LINE + ", to the same bits",
         disks.full_disk_in_training,
-        times=5,
+        times=3,
     ),
     Fault(
         "disks",
@@ -115,7 +115,7 @@ FAULTS = [
         "a tmpfs of random size, then read-only, for the cache of a download and the comparison after publishing",
         "An error that says why; with room, all goes well",
         disks.bad_disk_for_the_hub,
-        times=2,
+        times=1,
         tested=0,
     ),
     Fault(
@@ -124,7 +124,7 @@ FAULTS = [
         "a read-only tmpfs, from the start, or from the first checkpoint on",
         ONE_LINE,
         disks.read_only_folders,
-        times=2,
+        times=1,
     ),
     Fault("disks", "The disk is full for a checkpoint", "", ONE_LINE, tests="test_checkpoint.py:test_a_full_disk"),
     Fault("disks", "A file can't grow", "", "It is as before", tests="test_checkpoint.py:test_a_file_that_can_not"),
@@ -181,7 +181,7 @@ FAULTS = [
         "SIGKILL to a process of torchrun, the first or the second one",
         "The run stops with a message within 60 s; the same command goes on",
         accidents.rank_that_dies,
-        times=4,
+        times=2,
     ),
     Fault(
         "accidents",
