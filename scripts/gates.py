@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import timm_iebn  # noqa: F401  registers the models
-from timm_iebn.data import open_part
+from timm_iebn.data import add_data_dir, open_part
 from timm_iebn.evaluate import evaluate
 from timm_iebn.gates import collect_gates, freeze_gates, plot_gates, summary
 from timm_iebn.layers import NEUTRAL_GATE
@@ -27,7 +27,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--data")
-    parser.add_argument("--data-dir", default="", help="where the data is, if not on the Hub: a folder or .tar file")
+    add_data_dir(parser)
     parser.add_argument("--output", type=Path, default=Path("gates"), help="the two files' name without .md and .png")
     args = parser.parse_args()
     try:

@@ -18,6 +18,7 @@ from huggingface_hub import HfApi
 from rich.console import Console
 from rich.table import Table
 
+from timm_iebn.data import add_data_dir
 from timm_iebn.evaluate import evaluate
 from timm_iebn.processes import create_accelerator
 from timm_iebn.publish import Plan, PublishError, check_access, check_folder, diff, make_plan, publish
@@ -60,7 +61,7 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true", help="show what would change, and change nothing")
     parser.add_argument("--tag", help="a tag for the revision, such as v1")
     parser.add_argument("--evaluate", action="store_true", help="first evaluate again, and compare")
-    parser.add_argument("--data-dir", default=os.environ.get("DATA_DIR", ""), help="for --evaluate, as in training")
+    add_data_dir(parser)
     args = parser.parse_args()
     api, plans, revisions = HfApi(), [], {}
     try:

@@ -22,7 +22,7 @@ run() {
     local model=$1 seed=$2
     shift 2
     echo "$model seed $seed: $(date -u +%H:%M)"
-    python scripts/train.py --recipe "zoo/recipes/$RECIPE.yaml" --resume --data-dir "$DATA_DIR" \
+    python scripts/train.py --recipe "zoo/recipes/$RECIPE.yaml" --resume \
         --output-root "$OUTPUT" "model=$model" "seed=$seed" "$@" >>"$OUTPUT/$model-seed$seed.log" 2>&1 ||
         { echo "$model seed $seed stopped: $(tail -n 1 "$OUTPUT/$model-seed$seed.log"); see $OUTPUT/$model-seed$seed.log"; exit 1; }
 }

@@ -16,6 +16,7 @@ from pathlib import Path
 from threading import Lock
 from types import FrameType
 
+from timm_iebn.data import add_data_dir
 from timm_iebn.study import Run, Study, keep, load_study, write_report
 
 ROOT = Path(__file__).parents[1]
@@ -66,7 +67,7 @@ def main() -> int:
     parser.add_argument("studies", nargs="+", type=Path)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--output", type=Path, default=Path("output") / "studies")
-    parser.add_argument("--data-dir", default="", help="for scripts/train.py")
+    add_data_dir(parser)
     parser.add_argument("--mix-data-dir", default="", help="for scripts/train.py")
     args = parser.parse_args()
     try:

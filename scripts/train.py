@@ -18,7 +18,7 @@ from accelerate import PartialState
 
 import timm_iebn  # noqa: F401  registers the models
 from timm_iebn.checkpoint import CheckpointError
-from timm_iebn.data import open_test_data
+from timm_iebn.data import add_data_dir, open_test_data
 from timm_iebn.loaders import make_loader, make_share
 from timm_iebn.recipe import Recipe, RecipeError, load_recipe
 from timm_iebn.train import TRACKERS, Stopped, TrainingError, train
@@ -52,7 +52,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="a folder that does not exist yet (default: one in --output-root)")
     parser.add_argument("--output-root", type=Path, default=Path("output"), help="default: output/")
     parser.add_argument("--resume", action="store_true", help="go on with an unfinished run, if there is one")
-    parser.add_argument("--data-dir", default="", help="where the data is, if not on the Hub: a folder or .tar file")
+    add_data_dir(parser)
     parser.add_argument("--mix-data-dir", default="", help="the same for the recipe's mix_data")
     parser.add_argument("--checkpoint-updates", type=int, default=500, help="beside those after each epoch; 0 for none")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="for 'loader: timm'")

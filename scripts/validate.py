@@ -11,6 +11,7 @@ import os
 import sys
 
 import timm_iebn  # noqa: F401  registers the models
+from timm_iebn.data import add_data_dir
 from timm_iebn.evaluate import evaluate
 from timm_iebn.processes import create_accelerator
 from timm_iebn.recipe import RecipeError
@@ -21,7 +22,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--data")
-    parser.add_argument("--data-dir", default="", help="where the data is, if not on the Hub: a folder or .tar file")
+    add_data_dir(parser)
     parser.add_argument("--test-split")
     parser.add_argument("--loader", choices=["memory", "timm"])
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="for --loader timm")

@@ -1,13 +1,12 @@
 import multiprocessing
 import tarfile
 
-import datasets
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch.nn import functional as F
-from training import image_folder
+from training import hub_split, image_folder
 
 from timm_iebn.data import Images, load_images, open_data
 from timm_iebn.loaders import MemoryLoader, Share, TimmLoader, crop_and_flip
@@ -163,16 +162,12 @@ def pictures(tmp_path):
     """The same pictures of two classes as parquet of the Hub's form and as timm's image folders."""
     pixels = np.random.default_rng().integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
     names = ["ant", "bee"]
-    features = datasets.Features(img=datasets.Image(), fine_label=datasets.ClassLabel(names=names))
     for split, rows in (("train", range(4)), ("test", range(4, 6))):
-        images = [Image.fromarray(pixels[i]) for i in rows]
-        (tmp_path / "hub" / "data").mkdir(parents=True, exist_ok=True)
-        data = datasets.Dataset.from_dict(dict(img=images, fine_label=[i % 2 for i in rows]), features=features)
-        data.to_parquet(tmp_path / "hub" / "data" / f"{split}-0.parquet")
-        for i, image in zip(rows, images, strict=True):
+        hub_split(tmp_path / "hub", split, pixels[rows], [i % 2 for i in rows], names)
+        for i in rows:
             folder = tmp_path / "folders" / split / names[i % 2]
             folder.mkdir(parents=True, exist_ok=True)
-            image.save(folder / f"{i}.png")
+            Image.fromarray(pixels[i]).save(folder / f"{i}.png")
     return tmp_path, torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 

@@ -1,6 +1,8 @@
 """What is written for people: its code runs, its links lead somewhere, its numbers have a log."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,9 +10,9 @@ from conftest import blocks
 
 ROOT = Path(__file__).parents[1]
 TEXTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("zoo/*.md"), *ROOT.glob("zoo/studies/*/*.md")]
-# warm starts come from the Hub: test_pretrained has them, from one on loopback
+# warm starts come from the Hub: test_pretrained has them, from one on loopback; other libraries: test_downstream
 CODE = [(path, code) for path in TEXTS for code in blocks(path.read_text(encoding="utf-8"), "python")]
-CODE = [(path, code) for path, code in CODE if '"resnet50_iebn", pretrained=True' not in code]
+CODE = [(p, code) for p, code in CODE if p.name != "downstream.md" and '"resnet50_iebn", pretrained=True' not in code]
 
 
 @pytest.mark.parametrize(("path", "code"), CODE, ids=lambda v: v.stem if isinstance(v, Path) else "")
@@ -27,6 +29,11 @@ def test_code_runs(path, code):
 def test_links_lead_to_files_that_there_are(path):
     links = re.findall(r"\]\((?!https?://)([^)#]+)", path.read_text(encoding="utf-8"))
     assert [link for link in links if not (path.parent / link).exists()] == []
+
+
+def test_the_reference_says_what_the_docstrings_say():
+    result = subprocess.run([sys.executable, ROOT / "scripts" / "update_api.py", "--check"], capture_output=True)
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_every_code_of_the_documentation_was_found():

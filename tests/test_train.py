@@ -36,6 +36,7 @@ def test_the_default_writes_a_complete_model_folder(trained):
     assert load_recipe(folder / "recipe.yaml").epochs == 3
     config = json.loads((folder / "config.json").read_text())
     assert config["architecture"] == "resnet20_cifar_iebn" and config["label_names"] == [str(i) for i in range(10)]
+    assert config["num_classes"] == 10 and "num_classes" not in config["model_args"]  # transformers would pass it twice
     assert "epoch   3/3" in output and output.count(" is ") >= 8
     assert f'"hf-hub:timm-iebn/{folder.name}"' in (folder / "README.md").read_text()
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")

@@ -1,10 +1,14 @@
 """Versions of other packages that this one does not work with are refused, by name."""
 
+import re
 import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from training import ENVIRONMENT
 
 from timm_iebn.versions import check_versions
@@ -40,6 +44,15 @@ def test_what_training_needs_is_looked_at_for_training_only(monkeypatch):
     check_versions()
     with pytest.raises(ImportError, match="accelerate.*1.9.0"):
         check_versions("train")
+
+
+@pytest.mark.parametrize("name", ["torch", "timm", "huggingface_hub", "accelerate"])
+def test_the_readme_names_the_range(name):
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    oldest, major = re.search(rf"{name} ([\d.]+) to (\d+)\.x", readme).groups()
+    wanted = [Requirement(line) for line in metadata.requires("timm-iebn")]
+    (specifier,) = [r.specifier for r in wanted if r.name.replace("-", "_") == name]
+    assert specifier == SpecifierSet(f">={oldest},<{int(major) + 1}")
 
 
 def test_importing_looks_before_anything_else_is_imported():

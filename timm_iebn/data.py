@@ -1,6 +1,8 @@
 """Data sets: the splits that a recipe names, in memory or as timm's data sets, with the names of their classes."""
 
 import hashlib
+import os
+from argparse import ArgumentParser
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +30,12 @@ class Images:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+
+def add_data_dir(parser: ArgumentParser) -> None:
+    """The option of scripts that says where the data is."""
+    help_ = "where the data is, if not on the Hub: a folder or .tar file (default: DATA_DIR of the environment)"
+    parser.add_argument("--data-dir", default=os.environ.get("DATA_DIR", ""), help=help_)
 
 
 def open_split(recipe: Recipe, split: str, data_dir: str = "") -> tuple[Dataset, list[str]]:
@@ -117,7 +125,7 @@ def load_images(recipe: Recipe, split: str, data_dir: str = "") -> Images:
         RecipeError: as `open_split`; or the images differ in size.
     """
     if recipe.data == "digits":
-        if data_dir:
+        if data_dir and data_dir != os.environ.get("DATA_DIR"):  # which may be there for other runs
             raise RecipeError(f"data: 'digits' come with scikit-learn and take no --data-dir, got {data_dir!r}")
         return _load_digits(split)
     dataset, classes = open_split(recipe, split, data_dir)

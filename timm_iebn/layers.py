@@ -46,9 +46,9 @@ class IEBN2d(nn.BatchNorm2d):
     Buffers are batch norm's. The output has the input's dtype; statistics and gates are computed in float32 or wider.
 
     It is a ``BatchNorm2d``, so that tools which look for one to reset, skip or average its statistics find it. But
-    ``eps`` can't be read: everything that would rebuild a layer as plain batch norm or fold it into a convolution
-    reads it, and would lose the gate without a word. ``timm_iebn.convert_sync_batchnorm``, ``freeze_batch_norm_2d``
-    and ``convert_iebn_to_bn`` are the ways that keep it.
+    ``eps`` can't be read: what would rebuild a layer as plain batch norm or fold it into a convolution reads it, and
+    would lose the gate without a word (of known tools transformers' DETR alone does not: docs/downstream.md).
+    ``timm_iebn.convert_sync_batchnorm``, ``freeze_batch_norm_2d`` and ``convert_iebn_to_bn`` keep it.
 
     Raises:
         ValueError: ``num_features`` < 1; input not 4D; training with a single value per channel.

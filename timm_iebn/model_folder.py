@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import io
+import json
 import platform
 import shutil
 from datetime import date
@@ -82,7 +83,11 @@ def _write_files(
         training=_training(recipe, rows[-1], source.get("hf_hub_id")),
         pretrained_cfg=dict(tag="", crop_pct=data_config["crop_pct"]),
     )
-    save_config_for_hf(model, str(folder / "config.json"), model_config=config, data_config=data_config)
+    path = folder / "config.json"
+    save_config_for_hf(model, str(path), model_config=config, data_config=data_config)
+    config = json.loads(path.read_text(encoding="utf-8"))
+    del config["model_args"]["num_classes"]  # it stands beside them too, and transformers would pass it twice
+    path.write_text(json.dumps(config, indent=2), encoding="utf-8")
     (folder / "recipe.yaml").write_text(recipe.to_yaml())
     (folder / "log.csv").write_text(log_text(rows))
     name = model.pretrained_cfg["architecture"] + (", fine-tuned" if recipe.pretrained else "")

@@ -127,9 +127,10 @@ def _check(folder: Path, contents: dict[str, bytes]) -> None:
     require(bool(card.data.license), "the card lacks a license: that of the checkpoint it started from, in config.json")
     named = f"hf-hub:{hub_id(folder, NAMESPACE)}" in card.content
     require(named, "the card loads another repository: name the folder as it was, or have update_zoo.py write the card")
+    classes = config["num_classes"]
+    require(classes == len(config["label_names"]), "config.json has not as many classes and names")
     model = timm.create_model(f"local-dir:{folder}", pretrained=True)
-    known = {model.num_classes, config["num_classes"], len(config["label_names"])}
-    require(len(known) == 1, "config.json has not as many classes and names as the network")
+    require(model.num_classes == classes, f"config.json has not the network's {model.num_classes} classes")
     parameters = sum(p.numel() for p in model.parameters())
     require(parameters == config["parameters"], f"config.json has not the network's {parameters} parameters")
     bad = [key for key, t in safetensors.torch.load(contents[WEIGHTS]).items() if not t.isfinite().all()]

@@ -135,7 +135,7 @@ def check_weights(place: str | Path) -> None:
     if weights.name == WEIGHTS and weights.exists() and config.exists():
         expected, digest = _parse_config(config).get("weights_sha256"), sha256(weights)
         if expected not in (None, digest):
-            remedy = "take the folder again from where it came from"
+            remedy = "take the folder again from where it came from, or remove weights_sha256 if the weights are yours"
             if weights.parent.parent == ZOO:
                 remedy = "install timm-iebn again, or take the file from git again"
             raise RuntimeError(f"{weights} is damaged (its sha256 is {digest}, config.json has another): {remedy}")
