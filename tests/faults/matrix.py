@@ -108,6 +108,7 @@ FAULTS = [
         ONE_LINE + ", to the same bits",
         disks.full_disk_in_training,
         times=3,
+        tested=0,
     ),
     Fault(
         "disks",
@@ -143,6 +144,7 @@ FAULTS = [
         "One commit, whole; each ends well or says in a line to run again",
         accidents.two_publish_at_once,
         times=3,
+        tested=0,
     ),
     Fault(
         "accidents",
@@ -151,6 +153,7 @@ FAULTS = [
         "All texts are whole",
         accidents.two_update_the_zoo_at_once,
         times=2,
+        tested=0,
     ),
     Fault(
         "accidents",
@@ -166,6 +169,7 @@ FAULTS = [
         "The same bits; the newest checkpoint is taken",
         accidents.clock_that_jumps,
         times=2,
+        tested=0,
     ),
     Fault(
         "accidents",
