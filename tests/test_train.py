@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -294,3 +295,13 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     with pytest.raises(TrainingError, match="weights are not finite.*no checkpoint yet"):
         trainer._save()
     assert not list((tmp_path / "out.run").glob("*.safetensors"))
+
+
+def test_a_folder_whose_preprocessing_is_none_is_named(trained, tmp_path):
+    folder = tmp_path / trained[0].name
+    shutil.copytree(trained[0], folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["pretrained_cfg"]["std"] = ["x"]
+    (folder / "config.json").write_text(json.dumps(config))
+    result = run(folder, cwd=tmp_path, script="validate.py")
+    assert result.returncode == 2 and f"can't use '{folder}'" in result.stderr and "the std ('x',)" in result.stderr

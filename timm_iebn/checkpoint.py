@@ -17,6 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .messages import shorten
+
 KEPT = 2
 
 
@@ -130,13 +132,13 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except OSError as e:
         raise CheckpointError(f"can't read {path}: {e}") from e
     except (SafetensorError, KeyError) as e:
-        raise TornCheckpointError(f"{path} is not a whole checkpoint: {e}") from e
+        raise TornCheckpointError(f"{path} is not a whole checkpoint: {shorten(e)}") from e
     if _digest(tree, tensors) != expected:
         raise TornCheckpointError(f"{path} is not a whole checkpoint: its checksum is wrong")
     try:
         return _unflatten(json.loads(tree), tensors)
     except Exception as e:  # whatever another writer may have meant
-        reason = f"{type(e).__name__}: {e}"[:200]
+        reason = f"{type(e).__name__}: {shorten(e)}"
         raise CheckpointError(f"{path} is whole, but no checkpoint as this version writes them: {reason}") from e
 
 

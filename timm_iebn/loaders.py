@@ -280,6 +280,12 @@ def make_share(
     """
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in (data_config or {}).items()}
     config = resolve_data_config(model=model) | given
+    for key, least in dict(mean=-1e6, std=0).items():
+        value = config[key]
+        if not isinstance(value, list | tuple) or not all(
+            isinstance(v, int | float) and least < v < 1e6 for v in value
+        ):
+            raise RecipeError(f"data_config: images can't be normalised by the {key} {value!r}")
     channels = 3
     if isinstance(split, Images):
         own = tuple(split.images.shape[1:])

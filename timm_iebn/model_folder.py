@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from . import __version__
 from .card import make_card
 from .checkpoint import sync_to_disk
+from .messages import shorten
 from .recipe import Recipe
 from .zoo import WEIGHTS
 
@@ -143,7 +144,7 @@ def read_log(path: str | Path) -> list[dict[str, float]]:
                 rows.append(dict(zip(names, map(float, values), strict=True)))
             return rows
         except (ValueError, csv.Error) as e:
-            raise ValueError(f"{path}, line {reader.line_num}, is not of a log: {e}") from e
+            raise ValueError(f"{path}, line {reader.line_num}, is not of a log: {shorten(e)}") from e
 
 
 def plot_curves(rows: list[dict[str, Any]], path: str | Path, title: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any, get_origin
 
 import yaml
 
+from .messages import shorten
 from .safe_yaml import parse_yaml
 
 _CHOICES = dict(
@@ -206,7 +207,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
             if values is not None:
                 values[key] = _parse(override, value)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-        raise RecipeError(f"can't read the recipe {path}: {e}") from e
+        raise RecipeError(f"can't read the recipe {path}: {shorten(e)}") from e
     if values is None:
         raise RecipeError(f"{path} is not a recipe: it must hold one YAML mapping")
     known = [f.name for f in fields(Recipe)]
@@ -214,11 +215,11 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         if key not in known:
             close = difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
-            raise RecipeError(f"{where}: unknown key {key!r}: {hint}")
+            raise RecipeError(f"{where}: unknown key {shorten(repr(key))}: {hint}")
     for key in ("model", "data"):
         if key not in values:
             raise RecipeError(f"{path} lacks the key {key!r}")
     try:
         return Recipe(**values)
     except RecipeError as e:
-        raise RecipeError(f"{where}: {e}") from e
+        raise RecipeError(f"{where}: {shorten(e)}") from e

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from .checkpoint import write_atomically
+from .messages import shorten
 from .model_folder import read_log
 from .recipe import RecipeError, load_recipe
 from .results import mean_and_spread, paired_difference
@@ -93,7 +94,7 @@ def load_study(folder: Path) -> Study:
         runs = study.runs
     except (OSError, TypeError, UnicodeDecodeError, yaml.YAMLError) as e:
         keys = ", ".join(f.name for f in fields(Study)[1:])
-        raise RecipeError(f"{folder / 'study.yaml'} is no study, which has the keys {keys}: {e}") from e
+        raise RecipeError(f"{folder / 'study.yaml'} is no study, which has the keys {keys}: {shorten(e)}") from e
     for run in runs:
         load_recipe(study.recipe_path, run.overrides)
     return study

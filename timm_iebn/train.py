@@ -21,6 +21,7 @@ from .checkpoint import CheckpointError, checkpoint_path, load_latest, save_chec
 from .display import Display
 from .evaluate import evaluate
 from .loaders import seed_everything
+from .messages import shorten
 from .model_folder import log_text, save_model_folder
 from .processes import StopRequest, accelerator_of, on_main
 from .recipe import Recipe, RecipeError
@@ -131,9 +132,7 @@ class Trainer:
         except RecipeError:
             raise
         except Exception as e:  # of a checkpoint of another version, say
-            raise CheckpointError(
-                f"can't go on from {self.last_checkpoint}: {type(e).__name__}: {str(e)[:1000]}"
-            ) from e
+            raise CheckpointError(f"can't go on from {self.last_checkpoint}: {type(e).__name__}: {shorten(e)}") from e
 
     def _take_up(self, state: dict[str, Any]) -> None:
         if state["data"] != self.setup.data:
@@ -237,8 +236,8 @@ class Trainer:
             except RuntimeError as e:
                 if "DataLoader worker" not in str(e):
                     raise
-                reason = " ".join(str(e).split())  # raised wherever the main process was when the signal came
-                raise TrainingError(f"a worker that loads images has died ({reason}); {self._left()}") from e
+                # raised wherever the main process was when the signal came
+                raise TrainingError(f"a worker that loads images has died ({shorten(e)}); {self._left()}") from e
             if accelerator.is_main_process:
                 self._finish()
             accelerator.end_training()

@@ -9,6 +9,7 @@ from torch import nn
 from .build import suggestion
 from .data import open_test_data
 from .loaders import Loader, make_loader, make_share
+from .messages import shorten
 from .recipe import Recipe, RecipeError, load_recipe
 
 
@@ -37,17 +38,15 @@ def open_network(
     try:
         model = timm.create_model(f"local-dir:{name}" if Path(name).is_dir() else name, pretrained=True)
         share, data_config = make_share(model, test, accelerator, recipe.channels_last)
-    except RecipeError:
-        raise
-    except Exception as e:  # whatever a config.json that anybody may have written leads timm to
-        raise RecipeError(f"model: can't load {name!r}: {type(e).__name__}: {e}") from e
+    except Exception as e:  # whatever a config.json that anybody may have written leads to
+        raise RecipeError(f"model: can't use {name!r}: {type(e).__name__}: {shorten(e)}") from e
     if model.num_classes != len(classes):
         raise RecipeError(f"{name} tells {model.num_classes} classes apart, {recipe.data!r} has {len(classes)}")
     known = model.pretrained_cfg.get("label_names") or classes
     if not isinstance(known, list | tuple) or len(known) != len(classes):
         raise RecipeError(f"model: the label_names of {name!r} are not {len(classes)} names")
     if odd := [f"{a!r} is {b!r}" for a, b in zip(known, classes, strict=True) if a != b]:
-        raise RecipeError(f"{name} knows other classes than {recipe.data!r}: {odd[0]} there")
+        raise RecipeError(f"{name} knows other classes than {recipe.data!r}: {shorten(odd[0])} there")
     return model.to(accelerator.device), make_loader(test, share, data_config, workers=workers), recipe
 
 

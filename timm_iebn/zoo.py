@@ -14,6 +14,8 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
 from timm.models._hub import hf_split
 
+from .messages import shorten
+
 _INSTALLED = Path(__file__).with_name("_zoo")
 ZOO = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[1] / "zoo"  # of a wheel, of a checkout
 WEIGHTS = "model.safetensors"
@@ -48,7 +50,7 @@ def _parse_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
     except (ValueError, RecursionError) as e:
-        raise ValueError(f"{path} can't be read: {e}") from e
+        raise ValueError(f"{path} can't be read: {shorten(e)}") from e
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds no mapping")
     return config
@@ -70,7 +72,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             allowed = kind if isinstance(kind, tuple) else (kind,)
             if type(part.get(key)) not in allowed:
                 words = " or ".join(k.__name__ for k in allowed)
-                raise ValueError(f"{path}: {key!r} should be of type {words}, is {part.get(key)!r}")
+                raise ValueError(f"{path}: {key!r} should be of type {words}, is {shorten(repr(part.get(key)))}")
 
     check(config, "", _CONFIG)
     check(config.get("training"), "training", _TRAINING)
@@ -225,4 +227,4 @@ def speeds_of(config: dict[str, Any], zoo: Path = ZOO) -> dict[str, float]:
             rows = [row for row in csv.DictReader(file, strict=True) if row["architecture"] == config["architecture"]]
         return {row["device"]: float(row["images_per_second"]) for row in rows if row["input_size"] == size}
     except (KeyError, TypeError, ValueError, csv.Error) as e:
-        raise ValueError(f"{path} is not as zoo_speed.py writes it: {type(e).__name__}: {e}") from e
+        raise ValueError(f"{path} is not as zoo_speed.py writes it: {type(e).__name__}: {shorten(e)}") from e

@@ -107,7 +107,8 @@ FAULTS = [
         "a tmpfs of 4 to 396 kB, a random size each time; then it grows",
         ONE_LINE + ", to the same bits",
         disks.full_disk_in_training,
-        times=5,
+        times=3,
+        tested=0,
     ),
     Fault(
         "disks",
@@ -115,7 +116,7 @@ FAULTS = [
         "a tmpfs of random size, then read-only, for the cache of a download and the comparison after publishing",
         "An error that says why; with room, all goes well",
         disks.bad_disk_for_the_hub,
-        times=2,
+        times=1,
         tested=0,
     ),
     Fault(
@@ -124,7 +125,7 @@ FAULTS = [
         "a read-only tmpfs, from the start, or from the first checkpoint on",
         ONE_LINE,
         disks.read_only_folders,
-        times=2,
+        times=1,
     ),
     Fault("disks", "The disk is full for a checkpoint", "", ONE_LINE, tests="test_checkpoint.py:test_a_full_disk"),
     Fault("disks", "A file can't grow", "", "It is as before", tests="test_checkpoint.py:test_a_file_that_can_not"),
@@ -143,6 +144,7 @@ FAULTS = [
         "One commit, whole; each ends well or says in a line to run again",
         accidents.two_publish_at_once,
         times=3,
+        tested=0,
     ),
     Fault(
         "accidents",
@@ -151,6 +153,7 @@ FAULTS = [
         "All texts are whole",
         accidents.two_update_the_zoo_at_once,
         times=2,
+        tested=0,
     ),
     Fault(
         "accidents",
@@ -166,6 +169,7 @@ FAULTS = [
         "The same bits; the newest checkpoint is taken",
         accidents.clock_that_jumps,
         times=2,
+        tested=0,
     ),
     Fault(
         "accidents",
@@ -181,7 +185,7 @@ FAULTS = [
         "SIGKILL to a process of torchrun, the first or the second one",
         "The run stops with a message within 60 s; the same command goes on",
         accidents.rank_that_dies,
-        times=4,
+        times=2,
     ),
     Fault(
         "accidents",

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from ..convert import GATES, SHORTCUTS, convert_bn_to_iebn, warm_start_state_dict
 from ..layers import IEBN2d
+from ..messages import shorten
 from ..zoo import WEIGHTS, HTTPError, check_download, check_weights
 from ._fused import fuse_blocks
 
@@ -63,21 +64,21 @@ def build_with_cfg(model_cls: Callable[..., nn.Module], variant: str, pretrained
         return model
 
     try:
-        cfg = resolve_pretrained_cfg(variant, given, kwargs.get("pretrained_cfg_overlay"))
-        if pretrained and cfg.file:
-            check_weights(cfg.file)
-        if pretrained and folder:
-            _check_config(cfg, kwargs.get("pretrained_model_args") or {})
+        if pretrained:
+            cfg = resolve_pretrained_cfg(variant, given, kwargs.get("pretrained_cfg_overlay"))
+            if cfg.file:
+                check_weights(cfg.file)
+            if folder:
+                _check_config(cfg, kwargs.get("pretrained_model_args") or {})
         model = build_model_with_cfg(build, variant, pretrained, **kwargs)
     except Exception as e:
         is_loading = is_built and isinstance(e, _LOADING_ERRORS)
         if pretrained and (is_loading or isinstance(e, SafetensorError)):
             raise _explain(variant, cfg, kwargs.get("cache_dir"), e) from e
         if folder and str(folder) not in str(e):
-            reason = " ".join(str(e).split())[:500]
             raise RuntimeError(
                 f"{folder} can't be loaded: its config.json and the arguments given say what can't be done with "
-                f"{variant} or its weights ({type(e).__name__}: {reason})"
+                f"{variant} or its weights ({type(e).__name__}: {shorten(e)})"
             ) from e
         raise
     if pretrained and cfg.hf_hub_id and not cfg.file and not cfg.state_dict:
@@ -212,7 +213,7 @@ def _explain(variant: str, cfg: PretrainedCfg, cache_dir: str | Path | None, err
     """One paragraph that says what was looked for, where, and what to do."""
     # the client's own message for a cold cache is a general one; what it was raised from says why
     reason = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
-    reason = f"{type(reason).__name__}: {' '.join(str(reason).split()) or 'no details'}"
+    reason = f"{type(reason).__name__}: {shorten(reason) or 'no details'}"
     where = str(cfg.file or cfg.hf_hub_id)
     if isinstance(error, _DAMAGED):
         return RuntimeError(

@@ -1,0 +1,7 @@
+"""What errors say."""
+
+
+def shorten(message: object) -> str:
+    """One paragraph of a message, of 500 characters at most: damaged files bring values of any length."""
+    text = " ".join(str(message).split())
+    return text if len(text) <= 500 else f"{text[:490]} [...]"
