@@ -13,7 +13,7 @@ if DEVICE == "cpu":  # before the kernels are imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(1)  # two workers share two cores
 pytest.register_assert_rewrite("numerics")  # whose asserts say as much as those of a test
-pytest_plugins = ["publishing"]  # for its fixtures
+pytest_plugins = ["pretrained", "publishing"]  # for their fixtures
 
 
 def pytest_collection_modifyitems(items):
