@@ -13,7 +13,8 @@ import timm
 import torch
 from conftest import blocks, randomize
 from hub_client import client
-from hub_server import Fault, Hub, Repo
+from hub_server import Fault, Hub
+from hub_storage import Repo
 from pretrained import TOKEN, TWINS, WEIGHTS, assert_explains, assert_same, batch_norm_weights, failure, outputs, state
 from safetensors.torch import load, save
 

@@ -14,7 +14,8 @@ import safetensors.torch
 import timm
 from conftest import randomize
 from hub_client import SETTINGS
-from hub_server import Fault, Repo
+from hub_server import Fault
+from hub_storage import Repo
 from publishing import FOLDER, READER, SCRIPT, TOKEN, copy, refused, save_weights, succeeded
 from training import SHORT, run
 
