@@ -108,6 +108,9 @@ def test_the_kernels_compile_without_what_may_be_missing(layout):
     compile_kernels("bf16", 90, 2, 3, 1, layout, 0)
 
 
+# ---- on a GPU
+
+
 def shapes_of(name, size):
     """The shapes of all inputs of norms in a network, for a batch of 32."""
     net, shapes = timm.create_model(name).to("meta"), set()
