@@ -9,6 +9,8 @@ from conftest import randomize
 from safetensors.torch import save
 from timm.models._hub import save_config_for_hf
 
+import timm_iebn  # noqa: F401  whose networks are known by name, in a client's process too
+
 TOKEN = "hf_do_not_print_this"
 WEIGHTS = "model.safetensors"
 TWINS = {
