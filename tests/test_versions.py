@@ -1,10 +1,14 @@
 """Versions of other packages that this one does not work with are refused, by name."""
 
+import re
 import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from training import ENVIRONMENT
 
 from timm_iebn.versions import check_versions
@@ -42,6 +46,15 @@ def test_what_training_needs_is_looked_at_for_training_only(monkeypatch):
         check_versions("train")
 
 
+@pytest.mark.parametrize("name", ["torch", "timm", "huggingface_hub", "accelerate"])
+def test_the_readme_names_the_range(name):
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    oldest, major = re.search(rf"{name} ([\d.]+) to (\d+)\.x", readme).groups()
+    wanted = [Requirement(line) for line in metadata.requires("timm-iebn")]
+    (specifier,) = [r.specifier for r in wanted if r.name.replace("-", "_") == name]
+    assert specifier == SpecifierSet(f">={oldest},<{int(major) + 1}")
+
+
 def test_importing_looks_before_anything_else_is_imported():
     code = """
 import importlib.metadata as m
@@ -49,4 +62,4 @@ real = m.version
 m.version = lambda name: "1.0.3" if name == "timm" else real(name)
 import timm_iebn"""
     result = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True)
-    assert result.returncode == 1 and "ImportError: timm-iebn needs timm<2,>=1.0.26, and finds 1.0.3" in result.stderr
+    assert result.returncode == 1 and "ImportError: timm-iebn needs timm<2,>=1.0.31, and finds 1.0.3" in result.stderr

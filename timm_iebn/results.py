@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, ScalarFormatter
 from scipy.stats import t
 
 from .recipe import Recipe, load_recipe
+from .safe_yaml import parse_yaml
 from .zoo import model_folders, read_config, speeds_of
 
 NORMS = ("batch norm", "IEBN", "squeeze-and-excitation")  # the last one behind batch norm
@@ -100,7 +100,7 @@ def compare(folders: Iterable[Path]) -> list[Comparison]:
         if recipe.seed in runs:
             raise ValueError(f"{folder.name} is the same run as {runs[recipe.seed].name}: remove one of them")
         runs[recipe.seed] = folder
-    return [Comparison(Recipe(**yaml.safe_load(key)), sides) for key, sides in rows.items()]
+    return [Comparison(Recipe(**parse_yaml(key)), sides) for key, sides in rows.items()]
 
 
 def _comparisons(zoo: Path) -> list[Comparison]:
@@ -160,14 +160,17 @@ def _plot_data(rows: list[Comparison], axes: Axes) -> None:
         for side, (norm, color) in enumerate(zip(NORMS, ("tab:gray", "tab:blue", "tab:orange"), strict=True)):
             if top1 := [*row.top1(side).values()]:
                 bar = statistics.stdev(top1) if len(top1) > 1 else None
-                at = row.config(side)["macs"] / 1e6, statistics.mean(top1)
+                # side by side, or one bar would hide another
+                at = row.config(side)["macs"] / 1e6 * 1.02 ** (side - 0.5), statistics.mean(top1)
                 axes.errorbar(*at, yerr=bar, fmt="os^"[side], color=color, capsize=3, label=norm)
         note = f"{row.name}\n{row.recipe.epochs} epochs"
-        axes.annotate(note, at, xytext=(6, -14), textcoords="offset points", annotation_clip=False)
+        axes.annotate(note, at, xytext=(8, -14), textcoords="offset points", annotation_clip=False)
     axes.set_xscale("log")
-    axes.margins(x=0.3)
+    costs = {round(row.config(i)["macs"] / 1e6) for row in rows for i in range(3) if row.sides[i]}
+    if costs:
+        axes.set_xlim(min(costs) / 1.4, max(costs) * 1.4)
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xticks(sorted({round(row.config(i)["macs"] / 1e6) for row in rows for i in range(3) if row.sides[i]}))
+    axes.set_xticks(sorted(costs))
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.set_xlabel("million multiply-accumulates for one image")
     axes.set_ylabel("top-1 on the test split, %")

@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast, set_seed
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
@@ -20,6 +18,7 @@ from torch.nn import functional as F
 from .attacks import noise_in_eval
 from .batch_noise import batch_noise
 from .checkpoint import CheckpointError, checkpoint_path, load_latest, save_checkpoint, write_atomically
+from .display import Display
 from .evaluate import evaluate
 from .loaders import seed_everything
 from .model_folder import log_text, save_model_folder
@@ -31,8 +30,6 @@ from .setup import Setup
 TRACKERS = ("tensorboard", "wandb")
 
 _REMEDY = "Lower lr, add warmup_epochs or clip_grad, or use precision: no, in a run of its own."
-
-console = Console()
 
 
 class TrainingError(RuntimeError):
@@ -89,14 +86,10 @@ class Trainer:
         self.request = StopRequest()
         if resume:
             self._resume()
-        batches = len(self.setup.train_loader)
-        title, note = TextColumn("{task.description}"), TextColumn("{task.fields[note]}")
-        columns = title, BarColumn(), note, TimeRemainingColumn()
-        is_main = self.accelerator.is_main_process
-        self.progress = Progress(*columns, console=console, transient=True, disable=not is_main)
-        self.task = self.progress.add_task(
-            "starting", total=recipe.epochs * batches, completed=self.epoch * batches + self.step, note=""
-        )
+        place, batches = (self.epoch, self.step), len(self.setup.train_loader)
+        self.display = Display(recipe.epochs, batches, place, self.accelerator.is_main_process)
+        if self.last_checkpoint:
+            self.display.say(f"going on from {self.last_checkpoint}, epoch {self.epoch + 1}, batch {self.step}")
 
     def _zeros(self) -> Tensor:
         """Sums over an epoch: loss, correct, images, and the first batch whose loss was not finite."""
@@ -148,8 +141,6 @@ class Trainer:
         self.epoch, self.step, self.rows = state["epoch"], state["step"], state["rows"]
         if self.accelerator.is_main_process:
             self.sums[:3] = state["sums"].to(self.sums)
-            place = f"{self.last_checkpoint}, epoch {self.epoch + 1}, batch {self.step}"
-            console.print(f"going on from {place}", soft_wrap=True)
         self.setup.load_state_dict(state)
 
     def _check_finite(self) -> None:
@@ -231,9 +222,7 @@ class Trainer:
                     self._check_finite()
                 loss_sum, correct, seen, _ = self.sums.tolist()
                 speed = (self.step - first) * self.setup.train_loader.batch_size / (shown - started)
-                note = f"loss {loss_sum / seen:.3f}  top-1 {100 * correct / seen:.1f} %  {speed:.0f} images/s"
-                title = f"epoch {self.epoch + 1}/{recipe.epochs}"
-                self.progress.update(self.task, description=title, completed=self.epoch * total + self.step, note=note)
+                self.display.show(self.epoch, self.step, loss_sum / seen, 100 * correct / seen, speed)
         return lr
 
     def fit(self) -> dict[str, Any]:
@@ -241,7 +230,7 @@ class Trainer:
         accelerator = self.accelerator
         with self.request:
             try:
-                with self.progress:
+                with self.display.progress:
                     self._run_epochs()
             except RecipeError as e:  # an image that can't be read, met late
                 raise TrainingError(f"{e}; {self._left()}") from e
@@ -301,14 +290,7 @@ class Trainer:
         if not self.accelerator.is_main_process:
             return
         write_atomically(self.folder / "log.csv", log_text(self.rows).encode())
-        console.print(
-            f"epoch {row['epoch']:>3}/{self.recipe.epochs}  lr {row['lr']:.4f}"
-            f"  train loss {row['train_loss']:.3f}  top-1 {row['train_top1']:.2f} %"
-            f"  test loss {row['test_loss']:.4f}  top-1 {row['test_top1']:.2f} %"
-            f"  {row['images_per_second']:.0f} images/s  {row['seconds']:.0f} s",
-            highlight=False,
-            soft_wrap=True,
-        )
+        self.display.report(row)
 
     def _finish(self) -> None:
         work = self.folder / "result" / self.output.name  # which the card in it takes for its name

@@ -1,0 +1,146 @@
+"""What SECURITY.md says: nothing that is loaded runs code or leaves its folder, and no token is written anywhere."""
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from hub_client import SETTINGS
+from training import ENVIRONMENT, SHORT, run
+
+from timm_iebn.zoo import ZOO
+
+ROOT = Path(__file__).parents[1]
+SOURCES = [*ROOT.glob("timm_iebn/**/*.py"), *ROOT.glob("scripts/*.py")]
+FOLDER = ZOO / "resnet20_cifar_iebn.cifar100_60epochs_seed0"
+TOKEN = "hf_planted_in_the_environment"
+# of modules that run code which they read, or that load pickles
+UNSAFE = {"pickle.load", "pickle.loads", "marshal.loads", "shelve.open", "joblib.load", "numpy.load", "np.load"}
+UNSAFE |= {"eval", "exec", "compile", "os.system", "yaml.unsafe_load", "yaml.full_load", "torch.hub.load"}
+
+
+class Bomb:
+    """What a pickle can do."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A function that makes a model folder whose config.json has other values."""
+
+    def make(**changes):
+        shutil.copytree(FOLDER, tmp_path / "folder")
+        config = json.loads((FOLDER / "config.json").read_text())
+        config["pretrained_cfg"] |= changes
+        (tmp_path / "folder" / "config.json").write_text(json.dumps(config))
+        return tmp_path / "folder"
+
+    return make
+
+
+def calls(path):
+    """Every call in a source: what is called, as written, and its keyword arguments."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_source_reads_what_could_be_code(path):
+    for name, keywords in calls(path):
+        assert name not in UNSAFE, f"{path}: {name}"
+        if name == "torch.load":
+            assert keywords["weights_only"] == "True"
+        if name in ("yaml.load", "yaml.safe_load"):
+            assert path.name == "safe_yaml.py", f"{path} does not use parse_yaml"
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pth"])
+def test_a_pickle_in_a_model_folder_is_not_run(name, folder, tmp_path):
+    place = folder()
+    (place / "model.safetensors").unlink()
+    torch.save(dict(a=Bomb(tmp_path / "exploded")), place / name)
+    with pytest.raises((RuntimeError, OSError), match="folder"):
+        timm.create_model(f"local-dir:{place}", pretrained=True)
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(file="{root}/other.safetensors"),
+        dict(file="../other.safetensors"),
+        dict(hf_hub_filename="../other.safetensors"),
+        dict(hf_hub_id="evil/network"),
+        dict(url="file://{root}/other.safetensors"),
+        dict(custom_load=True, num_classes=10**11, input_size=[3, 10**7, 10**7]),
+    ],
+    ids=lambda changes: " ".join(changes),
+)
+def test_a_model_folder_leads_nowhere_else(changes, folder, tmp_path):
+    other = timm.create_model("resnet20_cifar_iebn").state_dict()
+    safetensors.torch.save_file(other, tmp_path / "other.safetensors")
+    place = folder(**{k: v.format(root=tmp_path) if isinstance(v, str) else v for k, v in changes.items()})
+    loaded = timm.create_model(f"local-dir:{place}", pretrained=True).state_dict()
+    expected = safetensors.torch.load_file(FOLDER / "model.safetensors")
+    assert loaded.keys() == expected.keys() and all(torch.equal(loaded[k], t) for k, t in expected.items())
+
+
+def test_a_header_that_promises_much_takes_no_memory(folder):
+    """The size of a tensor is compared with that of the file before it is allocated."""
+    place = folder()
+    header = json.dumps({"conv1.weight": dict(dtype="F32", shape=[2**40], data_offsets=[0, 2**42])}).encode()
+    (place / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    code = f"""
+import resource, timm, timm_iebn
+limit = 6 * 2**30
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+try:
+    timm.create_model("local-dir:{place}", pretrained=True)
+except RuntimeError as e:
+    print("refused:", e)"""
+    result = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert "refused:" in result.stdout and str(place) in result.stdout, result.stderr
+
+
+def test_a_token_is_written_nowhere(tmp_path):
+    """Not by training and its trackers, nor by an error of the Hub, which here does not answer."""
+    settings = SETTINGS | dict(HF_TOKEN=TOKEN, HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path / "home"))
+    environment = ENVIRONMENT | settings | dict(WANDB_API_KEY=TOKEN)
+    folder = tmp_path / "out"
+    args = ["--output", folder, "--track", "tensorboard", *SHORT, "epochs=1"]
+    trained = run(*args, cwd=tmp_path, env=environment)
+    assert trained.returncode == 0, trained.stderr
+    published = run(folder, "--namespace", "lab", cwd=tmp_path, env=environment, script="publish.py")
+    missing = run("hf-hub:lab/none", "--data", "digits", cwd=tmp_path, env=environment, script="validate.py")
+    absent = run("--output", tmp_path / "a", *SHORT, "data=hfds/lab/none", cwd=tmp_path, env=environment)
+    assert [r.returncode for r in (published, missing, absent)] == [2, 2, 2], (published, missing, absent)
+    for result in (trained, published, missing, absent):
+        assert TOKEN not in result.stdout + result.stderr
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(written) > 7 and not [path for path in written if TOKEN.encode() in path.read_bytes()]
+
+
+def test_the_packages_import_opens_no_connection():
+    code = """
+import socket
+def refuse(*_):
+    raise AssertionError("a connection")
+socket.socket.connect = socket.getaddrinfo = refuse
+import timm_iebn, timm
+timm.create_model("resnet20_cifar_iebn", pretrained=True)
+timm_iebn.list_zoo()"""
+    result = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
