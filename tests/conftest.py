@@ -8,13 +8,16 @@ import torch
 from training import RICH, run
 
 os.environ["ACCELERATE_USE_CPU"] = "true"  # equal bits are promised on one CPU
-if not torch.cuda.is_available():  # before the kernels are imported
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the kernels, which run interpreted on the latter
+if DEVICE == "cpu":  # before the kernels are imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(1)  # two workers share two cores
+pytest.register_assert_rewrite("numerics")  # whose asserts say as much as those of a test
+pytest_plugins = ["pretrained", "publishing"]  # for their fixtures
 
 
 def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
+    if DEVICE == "cpu":
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))

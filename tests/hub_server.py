@@ -1,4 +1,4 @@
-"""A loopback Hub for the real huggingface_hub client: what it answers is real HTTP, what it stores is in memory.
+"""A loopback Hub for the real huggingface_hub client: it answers in real HTTP what `hub_storage` keeps in memory.
 
 with Hub({"hf_token": {"lab"}}) as hub:  # tokens, and the namespaces that each may write to
     hub.repos["lab/name"] = Repo({"model.safetensors": data})
@@ -9,7 +9,6 @@ Paths, headers and bodies are those that the Hub and its client exchange; what n
 """
 
 import base64
-import hashlib
 import json
 import re
 import threading
@@ -20,41 +19,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import NamedTuple
 
 import yaml
+from hub_storage import LARGE, HubError, Repo, describe, etag, sha256
 
 LICENSES = ("apache-2.0", "bsd-3-clause", "cc-by-nc-4.0", "mit", "other")
-LARGE = (".safetensors", ".png", ".bin")  # what goes to LFS, whatever its size
-
-
-class Commit(NamedTuple):
-    oid: str
-    files: dict[str, bytes]
-
-
-class Repo:
-    """A repository: its commits, the oldest first, its tags, and who may see it."""
-
-    def __init__(self, files: dict[str, bytes] | None = None, private: bool = False):
-        self.private, self.commits, self.tags = private, [], {}
-        self.add_commit(files or {".gitattributes": b"*.safetensors filter=lfs\n"})
-
-    def add_commit(self, files: dict[str, bytes]) -> None:
-        content = repr((self.commit if self.commits else "", sorted((path, sha256(d)) for path, d in files.items())))
-        self.commits.append(Commit(hashlib.sha1(content.encode()).hexdigest(), files))
-
-    @property
-    def commit(self) -> str:
-        return self.commits[-1].oid
-
-    @property
-    def files(self) -> dict[str, bytes]:
-        return self.commits[-1].files
-
-    def find(self, rev: str) -> Commit:
-        oid = {"main": self.commit, **self.tags}.get(rev, rev)
-        for commit in self.commits:
-            if commit.oid == oid:
-                return commit
-        raise HubError(404, "RevisionNotFound", f"Invalid rev id: {rev}")
 
 
 @dataclass
@@ -77,14 +44,6 @@ class Request(NamedTuple):
     repo: str
     path: str
     token: str
-
-
-class HubError(Exception):
-    """An answer that the client takes for an error: on loopback it goes by the code in the header."""
-
-    def __init__(self, status: int, code: str, message: str):
-        super().__init__(message)
-        self.status, self.code = status, code
 
 
 class Hub:
@@ -124,23 +83,6 @@ class Hub:
                 return ""
             found.times -= 1
         return found.kind if isinstance(found.kind, str) else found.kind() or ""
-
-
-def sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def git_oid(data: bytes) -> str:
-    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-
-
-def etag(path: str, data: bytes) -> str:
-    return sha256(data) if path.endswith(LARGE) else git_oid(data)
-
-
-def _describe(path: str, data: bytes) -> dict:
-    entry = dict(type="file", path=path, size=len(data), oid=git_oid(data))
-    return entry | (dict(lfs=dict(oid=sha256(data), size=len(data), pointerSize=130)) if path.endswith(LARGE) else {})
 
 
 ROUTES: list[tuple[str, re.Pattern, Callable]] = []
@@ -199,7 +141,7 @@ class _Handler(BaseHTTPRequestHandler):
     @route("GET", "/api/models/{repo}/tree/{rev}")
     def tree(self, repo, rev):
         commit = self.repository(repo).find(rev)
-        self.answer_json([_describe(path, data) for path, data in sorted(commit.files.items())])
+        self.answer_json([describe(path, data) for path, data in sorted(commit.files.items())])
 
     @route("GET", "/api/models/{repo}/refs")
     def refs(self, repo):

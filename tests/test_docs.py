@@ -10,7 +10,7 @@ from conftest import blocks
 
 ROOT = Path(__file__).parents[1]
 TEXTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("zoo/*.md"), *ROOT.glob("zoo/studies/*/*.md")]
-# warm starts come from the Hub: test_pretrained has them, from one on loopback; other libraries: test_downstream
+# warm starts come from the Hub: test_pretrained_hub has them, from one on loopback; other libraries: test_downstream
 CODE = [(path, code) for path in TEXTS for code in blocks(path.read_text(encoding="utf-8"), "python")]
 CODE = [(p, code) for p, code in CODE if p.name != "downstream.md" and '"resnet50_iebn", pretrained=True' not in code]
 

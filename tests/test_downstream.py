@@ -16,7 +16,8 @@ import timm
 import torch
 from conftest import blocks
 from hub_client import client
-from hub_server import Hub, Repo
+from hub_server import Hub
+from hub_storage import Repo
 from PIL import Image
 from safetensors.torch import save
 from timm.data import create_transform, resolve_data_config

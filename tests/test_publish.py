@@ -1,56 +1,28 @@
 """Publishing to a loopback Hub with the real client, and loading from it what was published."""
 
 import functools
-import io
-import json
 import os
 import re
-import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
-from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import safetensors.torch
 import timm
 from conftest import randomize
-from hub_client import SETTINGS, client
-from hub_server import Fault, Hub, Repo
+from hub_client import SETTINGS
+from hub_server import Fault
+from hub_storage import Repo
+from publishing import FOLDER, READER, SCRIPT, TOKEN, copy, refused, save_weights, succeeded
 from training import SHORT, run
 
 from timm_iebn.model_folder import FILES
-from timm_iebn.zoo import WEIGHTS, model_folders, sha256
+from timm_iebn.zoo import WEIGHTS
 
-SCRIPT = str(Path(__file__).parents[1] / "scripts" / "publish.py")
-FOLDER = next(folder for folder in model_folders() if "_iebn" in folder.name)
 NAME = f"lab/{FOLDER.name}"
-TOKEN, READER = "hf_planted_writer", "hf_planted_reader"
-
-
-# --- run by the client's process
-
-
-class Result(NamedTuple):
-    status: int
-    out: str
-    err: str
-
-
-def run_script(*args, **env):
-    """scripts/publish.py with these arguments, and what it prints."""
-    out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.setattr(sys, "argv", [SCRIPT, *args])
-        for name, value in env.items():
-            patch.setenv(name, value)
-        with pytest.raises(SystemExit) as exit:
-            runpy.run_path(SCRIPT, run_name="__main__")
-    return Result(exit.value.code, out.getvalue(), err.getvalue())
 
 
 def state(name, token=TOKEN, **kwargs):
@@ -71,64 +43,10 @@ def push(name, repo, **kwargs):
     return {key: t.numpy().tobytes() for key, t in model.state_dict().items()}
 
 
-# --- Hub, client, files
-
-
-@pytest.fixture(scope="module")
-def server():
-    with Hub({TOKEN: {"lab"}, READER: set()}) as hub:
-        yield hub
-
-
-@pytest.fixture
-def hub(server):
-    """The Hub of the module, empty."""
-    for everything in (server.repos, server.blobs, server.faults, server.requests):
-        everything.clear()
-    return server
-
-
-@pytest.fixture(scope="module")
-def call(server, tmp_path_factory):
-    home = tmp_path_factory.mktemp("home")
-    with client(home, server.url, TOKEN, TIMM_IEBN_NAMESPACE="lab", COLUMNS="200") as call:
-        yield call
-
-
-@pytest.fixture
-def publish(call):
-    """A function that runs the script on a folder, and checks that it prints no token and no traceback."""
-
-    def run(*args, folder=FOLDER, **env):
-        result = call(run_script, str(folder), *args, **env)
-        assert "planted" not in result.out + result.err and "Traceback" not in result.err, result
-        return result
-
-    return run
-
-
-def succeeded(result):
-    assert result.status == 0, result
-    return result.out
-
-
-def refused(result, *reasons):
-    assert result.status == 2, result
-    lines = [line for line in result.err.splitlines() if line.startswith("publish.py: ")]
-    assert len(lines) == 1 and all(reason in lines[0] for reason in reasons), result.err
-    assert result.err.splitlines()[-1] == lines[0], result.err
-
-
 def whole(hub):
     """Whether what is online is the folder, all of it and nothing else."""
     files = {path: data for path, data in hub.repos[NAME].files.items() if path != ".gitattributes"}
     return files.keys() == set(FILES) and all(files[n] == (FOLDER / n).read_bytes() for n in set(FILES) - {"README.md"})
-
-
-def copy(tmp_path):
-    folder = tmp_path / FOLDER.name
-    shutil.copytree(FOLDER, folder)
-    return folder
 
 
 def test_a_folder_is_published_in_one_commit_and_the_second_time_changes_nothing(hub, publish, call, tmp_path):
@@ -308,7 +226,7 @@ def test_evaluation_again_finds_another_result(hub, publish, tmp_path):
     weights["fc.bias"] = weights["fc.bias"].roll(1)
     other = tmp_path / folder.name
     shutil.copytree(folder, other)
-    _save_weights(other, weights)
+    save_weights(other, weights)
     refused(publish("--evaluate", folder=other), "now", "in its config.json")
     assert not hub.repos
 
@@ -331,90 +249,3 @@ def test_a_killed_run_leaves_nothing_half_done(hub, publish, tmp_path, how):
     hub.faults.clear()
     succeeded(publish())
     assert whole(hub) and len(hub.repos[NAME].commits) == 2
-
-
-def _flip(folder):
-    data = bytearray((folder / WEIGHTS).read_bytes())
-    data[-1] ^= 1
-    (folder / WEIGHTS).write_bytes(data)
-
-
-def _save_weights(folder, weights):
-    safetensors.torch.save_file(weights, folder / WEIGHTS)
-    config = json.loads((folder / "config.json").read_text())
-    config["weights_sha256"] = sha256(folder / WEIGHTS)
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-def _put_nan(folder):
-    weights = safetensors.torch.load_file(folder / WEIGHTS)
-    weights["fc.bias"][0] = float("nan")
-    _save_weights(folder, weights)
-
-
-def _link(folder):
-    (folder / "environment.txt").unlink()
-    (folder / "environment.txt").symlink_to(SCRIPT)
-
-
-def _config(**changes):
-    def edit(folder):
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({k: v for k, v in (config | changes).items() if v is not None}))
-
-    return edit
-
-
-def _edit(name, old, new):
-    def edit(folder):
-        text = (folder / name).read_text()
-        assert old in text
-        (folder / name).write_text(text.replace(old, new))
-
-    return edit
-
-
-def _claim(key, value):
-    def edit(folder):
-        config = json.loads((folder / "config.json").read_text())
-        config["training"][key] = value
-        (folder / "config.json").write_text(json.dumps(config))
-
-    return edit
-
-
-@pytest.mark.parametrize(
-    ("damage", "reason"),
-    [
-        (_flip, "model.safetensors is not what config.json says"),
-        (lambda f: (f / "weights.pth").write_bytes(b""), "weights.pth does not belong there"),
-        (lambda f: (f / "recipe.yaml").unlink(), "recipe.yaml missing"),
-        (lambda f: (f / "log.csv").write_text("epoch\n"), "log.csv has no epochs"),
-        (lambda f: (f / "config.json").write_text("{"), "config.json can't be read"),
-        (_claim("test_top1", 99.0), "test_top1 is .* in log.csv, 99.0 in config.json"),
-        (_claim("epochs", 164), "differ in epochs"),
-        (_edit("README.md", "library_name: timm", "library_name: other"), "library_name"),
-        (_edit("README.md", "value: ", "value: 1"), "other figures than config.json"),
-        (shutil.rmtree, "no such folder"),
-        (_put_nan, "fc.bias in model.safetensors not finite"),
-        (_link, "environment.txt is no regular file"),
-        (_config(parameters=1), "config.json has not the network's 279700 parameters"),
-        (_config(parameters=None), "lacks 'parameters'"),
-        (_config(num_classes=99), "as many classes and names"),
-        (_config(architecture="resnet32_cifar_iebn"), "should be named resnet32_cifar_iebn.TAG"),
-        (_config(weights_sha256=None), "lacks 'weights_sha256'"),
-        (lambda f: (f / "curves.png").write_bytes(b"\x80\x04."), "curves.png is no PNG"),
-        (lambda f: (f / "README.md").write_text("---\na: [\n---\n"), "can't be read"),
-        (lambda f: (f / "recipe.yaml").write_text("nothing"), "can't be read"),
-        (_edit("README.md", "hf-hub:timm-iebn", "hf-hub:other"), "the card loads another repository"),
-        (_edit("README.md", "license: apache-2.0\n", ""), "lacks a license"),
-        (_edit("recipe.yaml", "hfds/uoft-cs", "hfds//home/me"), "a place on this machine as its data"),
-    ],
-)
-def test_a_folder_that_is_not_whole_is_refused_before_anything_is_sent(hub, publish, tmp_path, damage, reason):
-    folder = copy(tmp_path)
-    damage(folder)
-    result = publish(folder=folder)
-    refused(result, str(folder))
-    assert re.search(reason, result.err), result.err
-    assert not hub.requests

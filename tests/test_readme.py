@@ -11,7 +11,8 @@ import pytest
 import timm
 from conftest import randomize
 from hub_client import SETTINGS
-from hub_server import Hub, Repo
+from hub_server import Hub
+from hub_storage import Repo
 from safetensors.torch import save
 from training import hub_split
 

@@ -202,7 +202,7 @@ def test_optimizers_with_a_state_of_their_own_go_on_to_the_same_bits(opt, tmp_pa
 
 
 def test_two_processes_train_to_the_weights_of_one(tmp_path):
-    """Rounding alone moves a float32 gradient of ResNet-20 by some percent (batch norm's too); test_convert has the
+    """Rounding alone moves a float32 gradient of ResNet-20 by some percent (batch norm's too); test_sync has the
     exact comparison, in float64.
     """
     recipe = ["epochs=1", "warmup_epochs=0", "lr=0.01", "batch_size=700"]
