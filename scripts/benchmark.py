@@ -120,7 +120,7 @@ def trainer_rows(repeats: int) -> list[Row]:
         labels = torch.randint(0, 10, (128,), device=device)
 
         def bare() -> None:
-            for _ in range(len(trainer.setup.train_loader)):
+            for _ in range(len(trainer.workload.train_loader)):
                 with torch.autocast(device.type, torch.bfloat16, enabled=on_cuda):
                     loss = nn.functional.cross_entropy(model(images), labels)
                 loss.backward()

@@ -58,8 +58,16 @@ class Queue:
         elif not self.signum:
             self.failed = True
             print(f"{run.name} stopped: see {folder}.txt", file=sys.stderr)
+        self.report(study)
+
+    def report(self, study: Study) -> None:
+        """Writes what the study's logs say; a damaged one is no reason to stop the other runs."""
         with self.writing:
-            write_report(study)
+            try:
+                write_report(study)
+            except ValueError as e:
+                self.failed = True
+                print(f"study.py: {e}", file=sys.stderr)
 
 
 def main() -> int:
@@ -82,7 +90,7 @@ def main() -> int:
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(queue.make, range(len(todo))))
     for study in studies:
-        write_report(study)
+        queue.report(study)
     if queue.signum:
         print("study.py: stopped; the same command goes on", file=sys.stderr)
     return 128 + queue.signum if queue.signum else int(queue.failed)

@@ -6,13 +6,14 @@ In a fresh virtual environment, which is removed at the end; its versions are pr
 """
 
 import argparse
-import re
 import subprocess
 import sys
 import tomllib
 import venv
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,8 +26,8 @@ def lower_bounds() -> list[str]:
         *project["optional-dependencies"]["train"],
         *project["optional-dependencies"]["dev"],
     ]
-    found = [re.match(r"([\w-]+)>=([\w.]+)", requirement) for requirement in wanted]
-    return [f"{m[1]}=={m[2]}" for m in found if m]
+    bounds = [(r.name, bound) for r in map(Requirement, wanted) for bound in r.specifier]
+    return [f"{name}=={bound.version}" for name, bound in bounds if bound.operator == ">="]
 
 
 def main() -> int:

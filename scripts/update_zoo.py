@@ -22,7 +22,7 @@ from timm_iebn.checkpoint import write_atomically
 from timm_iebn.models._registry import WARM_START
 from timm_iebn.results import compare, plot_results, results_table, short_table
 from timm_iebn.study import Study, load_study, plot_study, report
-from timm_iebn.zoo import check_weights, model_folders, read_config
+from timm_iebn.zoo import WEIGHTS, check_weights, model_folders, read_config
 
 ROOT = Path(__file__).parents[1]
 ZOO_README = """\
@@ -98,7 +98,7 @@ def main() -> int:
 def update(is_check: bool) -> int:
     """Writes what is out of line, or says so; the exit status."""
     for folder in model_folders():
-        check_weights(folder)
+        check_weights(folder / WEIGHTS)
     wanted = texts(ROOT)
     if orphans := set((ROOT / "zoo" / "warm_starts").glob("*.md")) - wanted.keys():
         sys.exit(f"{', '.join(str(path.relative_to(ROOT)) for path in orphans)}: no such network; remove it")

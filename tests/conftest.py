@@ -7,6 +7,7 @@ import pytest
 import torch
 from training import RICH, run
 
+os.environ.pop("DATA_DIR", None)  # of the user's own runs
 os.environ["ACCELERATE_USE_CPU"] = "true"  # equal bits are promised on one CPU
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the kernels, which run interpreted on the latter
 if DEVICE == "cpu":  # before the kernels are imported

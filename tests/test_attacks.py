@@ -134,9 +134,9 @@ def test_strangers_enter_the_statistics_and_not_the_loss(tmp_path):
     for name, changes in dict(alone={}, joined=dict(mix_data="digits", mix_images=300)).items():
         trainer = Trainer(recipe(**changes), tmp_path / name)
         sizes = []
-        trainer.setup.net.register_forward_pre_hook(lambda _, args, sizes=sizes: sizes.append(len(args[0])))
+        trainer.workload.net.register_forward_pre_hook(lambda _, args, sizes=sizes: sizes.append(len(args[0])))
         trainer.train_epoch()
-        found[name] = sizes, trainer.sums[2].item(), trainer.setup.net.bn1.running_mean
+        found[name] = sizes, trainer.sums[2].item(), trainer.workload.net.bn1.running_mean
         trainer.lock.release()
     assert found["alone"][0] == [700, 700] and found["joined"][0] == [1000, 1000]
     assert found["alone"][1] == found["joined"][1] == 1400
@@ -169,7 +169,7 @@ def test_the_noise_is_evaluated_too(tmp_path):
     row = trainer.fit()
     net = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
     assert 0 <= row["test_top1_with_noise"] <= 100 and row["feature_noise"] > 0 and row["gradient_noise"] > 0
-    images, labels = choose_images(load_images(trainer.recipe, "test"), 359, trainer.setup.test_loader.share, {})
+    images, labels = choose_images(load_images(trainer.recipe, "test"), 359, trainer.workload.test_loader.share, {})
     add_constant_noise(net.eval(), 0.5, 0.5)
     with torch.no_grad(), noise_in_eval(net):
         right = (net(images).argmax(1) == labels).double().mean().item()

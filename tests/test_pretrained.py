@@ -108,7 +108,8 @@ def test_what_config_json_can_not_mean_is_named_with_its_folder(folder, tmp_path
     assert_explains(failure(called), RuntimeError, tmp_path, "config.json", "nonsense")
 
 
-def test_weights_that_are_not_those_of_their_config_json_are_refused(folder, tmp_path):
+def test_weights_that_are_not_those_of_their_config_json_are_warned_of(folder, tmp_path):
+    """Other tools copy config.json and write weights of their own beside it."""
     model = timm.create_model("resnet20_cifar_iebn")
     called = folder(model, model.state_dict())
     config = json.loads((tmp_path / "config.json").read_text())
@@ -118,7 +119,21 @@ def test_weights_that_are_not_those_of_their_config_json_are_refused(folder, tmp
     flipped = bytearray((tmp_path / WEIGHTS).read_bytes())
     flipped[-1] ^= 1
     (tmp_path / WEIGHTS).write_bytes(flipped)
-    assert_explains(failure(called), RuntimeError, tmp_path / WEIGHTS, "damaged")
+    with pytest.warns(UserWarning, match=f"{tmp_path / WEIGHTS} is damaged, or was changed.*Remove weights_sha256"):
+        timm.create_model(called, pretrained=True)
+
+
+def test_a_neighbour_of_the_weights_that_is_no_config_says_nothing_of_them(file, tmp_path):
+    (tmp_path / "config.json").write_text('{"weights_sha256": Infinity}')
+    timm.create_model(
+        "resnet20_cifar_iebn", pretrained=True, **file(timm.create_model("resnet20_cifar_iebn").state_dict())
+    )
+
+
+def test_a_wrong_argument_is_the_callers_and_not_the_folders(folder):
+    model = timm.create_model("resnet20_cifar_iebn")
+    with pytest.raises(TypeError, match="nonsense"):
+        timm.create_model(folder(model, model.state_dict()), nonsense=1)
 
 
 def test_a_folder_without_config_is_named(tmp_path):

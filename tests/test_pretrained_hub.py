@@ -4,6 +4,7 @@ The client reads its environment when it is imported, so what needs a Hub runs i
 `offline` and `unreachable` are functions that run a function there.
 """
 
+import json
 import os
 import re
 import socket
@@ -127,6 +128,23 @@ def test_a_published_network_keeps_its_gates(hub, online, folder, tmp_path):
     loaded = online(state, "hf-hub:lab/trained")
     assert loaded.keys() == model.state_dict().keys()
     assert all((loaded[key] == t.numpy()).all() for key, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("key", ["file", "state_dict"])
+def test_what_a_repository_says_of_other_places_does_not_spare_it_the_check(hub, online, folder, tmp_path, key):
+    model = randomize(timm.create_model("mobilenetv3_small_100_iebn"))
+    folder(model, model.state_dict())
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["pretrained_cfg"][key] = str(tmp_path / WEIGHTS)
+    files = {"config.json": json.dumps(config).encode(), WEIGHTS: (tmp_path / WEIGHTS).read_bytes()}
+    (tmp_path / "config.json").write_text("{not read")
+    hub.repos[f"lab/{key}"] = Repo(files)
+    hub.faults.append(Fault(f"GET /lab/{key}/resolve/.*safetensors", "corrupt", 1))
+    assert_explains(
+        online(failure, f"hf-hub:lab/{key}"), RuntimeError, f"lab/{key}", "damaged", "removed from the cache"
+    )
+    loaded = online(state, f"hf-hub:lab/{key}")
+    assert all((loaded[name] == t.numpy()).all() for name, t in model.state_dict().items())
 
 
 def test_the_code_of_a_warm_starts_card_runs(online, tmp_path):

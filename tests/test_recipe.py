@@ -2,9 +2,11 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import yaml
 
 from timm_iebn.loaders import _train_transform
 from timm_iebn.recipe import Recipe, RecipeError, load_recipe
+from timm_iebn.safe_yaml import parse_yaml
 
 RECIPES = sorted((Path(__file__).parents[1] / "zoo" / "recipes").glob("*.yaml"))
 
@@ -88,6 +90,11 @@ def test_a_bad_file_is_named(text, tmp_path):
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(RecipeError, match=r"bad\.yaml"):
         load_recipe(path)
+
+
+@pytest.mark.parametrize("text", ["{1: a, '1': b}", "{<<: {a: 1}, a: 2}", "[x, x]"])
+def test_what_is_not_twice_in_yaml_is_taken(text):
+    assert parse_yaml(text) == yaml.safe_load(text)
 
 
 @pytest.mark.parametrize(

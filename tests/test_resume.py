@@ -194,8 +194,8 @@ def test_optimizers_with_a_state_of_their_own_go_on_to_the_same_bits(opt, tmp_pa
     for trainer in (whole, resumed):
         trainer.epoch, trainer.step = 1, 0
         trainer.train_epoch()
-    for key, value in whole.setup.net.state_dict().items():
-        assert torch.equal(resumed.setup.net.state_dict()[key], value), key
+    for key, value in whole.workload.net.state_dict().items():
+        assert torch.equal(resumed.workload.net.state_dict()[key], value), key
 
 
 # ---- several processes

@@ -18,12 +18,8 @@ from training import ENVIRONMENT, SHORT, run
 from timm_iebn.zoo import ZOO
 
 ROOT = Path(__file__).parents[1]
-SOURCES = [*ROOT.glob("timm_iebn/**/*.py"), *ROOT.glob("scripts/*.py")]
 FOLDER = ZOO / "resnet20_cifar_iebn.cifar100_60epochs_seed0"
 TOKEN = "hf_planted_in_the_environment"
-# of modules that run code which they read, or that load pickles
-UNSAFE = {"pickle.load", "pickle.loads", "marshal.loads", "shelve.open", "joblib.load", "numpy.load", "np.load"}
-UNSAFE |= {"eval", "exec", "compile", "os.system", "yaml.unsafe_load", "yaml.full_load", "torch.hub.load"}
 
 
 class Bomb:
@@ -43,6 +39,7 @@ def folder(tmp_path):
     def make(**changes):
         shutil.copytree(FOLDER, tmp_path / "folder")
         config = json.loads((FOLDER / "config.json").read_text())
+        del config["weights_sha256"]
         config["pretrained_cfg"] |= changes
         (tmp_path / "folder" / "config.json").write_text(json.dumps(config))
         return tmp_path / "folder"
@@ -50,21 +47,12 @@ def folder(tmp_path):
     return make
 
 
-def calls(path):
-    """Every call in a source: what is called, as written, and its keyword arguments."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Call):
-            yield ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_source_reads_what_could_be_code(path):
-    for name, keywords in calls(path):
-        assert name not in UNSAFE, f"{path}: {name}"
-        if name == "torch.load":
-            assert keywords["weights_only"] == "True"
-        if name in ("yaml.load", "yaml.safe_load"):
-            assert path.name == "safe_yaml.py", f"{path} does not use parse_yaml"
+def test_torch_loads_weights_only():
+    """Ruff's rules, which `.ci/run` applies, refuse all else that could run what it reads."""
+    for path in (*ROOT.glob("timm_iebn/**/*.py"), *ROOT.glob("scripts/*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+                assert "weights_only=True" in map(ast.unparse, node.keywords), path
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pth"])
@@ -113,12 +101,13 @@ except RuntimeError as e:
     print("refused:", e)"""
     result = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
     assert "refused:" in result.stdout and str(place) in result.stdout, result.stderr
+    assert "incomplete metadata" in result.stdout, result.stdout
 
 
 def test_a_token_is_written_nowhere(tmp_path):
     """Not by training and its trackers, nor by an error of the Hub, which here does not answer."""
     settings = SETTINGS | dict(HF_TOKEN=TOKEN, HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path / "home"))
-    environment = ENVIRONMENT | settings | dict(WANDB_API_KEY=TOKEN)
+    environment = ENVIRONMENT | settings
     folder = tmp_path / "out"
     args = ["--output", folder, "--track", "tensorboard", *SHORT, "epochs=1"]
     trained = run(*args, cwd=tmp_path, env=environment)

@@ -15,7 +15,7 @@ import timm_iebn
 from timm_iebn.gates import collect_gates, freeze_gates, summary
 from timm_iebn.layers import NEUTRAL_GATE
 from timm_iebn.recipe import RecipeError
-from timm_iebn.study import load_study, report
+from timm_iebn.study import RUN_FILES, keep, load_study, report
 
 STUDIES = sorted(Path(__file__).parents[1].glob("zoo/studies/*/study.yaml"))
 RECIPE = "model: resnet20_cifar\ndata: digits\nepochs: 1\nmilestones: []\nbatch_size: 700\nlr: 0.01\n"
@@ -61,6 +61,21 @@ def test_the_table_says_what_the_last_epochs_of_the_logs_say(tmp_path):
     assert "| plain | IEBN | 54.50 ± 2.12 (2 seeds) | +3.50 [-2.85, +9.85] |" in text
     assert "| scale 0.5, offset 0.5 | IEBN | 10.00 (one seed) | - |" in text
     assert "| scale 0.5, offset 0.5 | batch norm | - |  |" in text and "5 of 8 runs are made" in text
+
+
+def test_what_a_study_has_kept_stays(tmp_path):
+    study = load_study(write_study(tmp_path))
+    (run, *_) = study.runs
+    add_log(study, run, 50)
+    (study.folder / "runs" / run.name / "notes.txt").write_text("mine")
+    again = tmp_path / "again"
+    again.mkdir()
+    for name in RUN_FILES:
+        (again / name).write_text("epoch,test_top1\n1,2.0\n")
+    keep(study, run, again)
+    assert study.log(run)[-1]["test_top1"] == 50
+    assert sorted(p.name for p in (study.folder / "runs" / run.name).iterdir()) == ["log.csv", "notes.txt"]
+    assert [p.name for p in (study.folder / "runs").iterdir()] == [run.name]
 
 
 def test_a_log_without_the_columns_is_named(tmp_path):

@@ -221,10 +221,10 @@ def test_the_parts_of_an_accumulated_batch_add_up_to_it(tmp_path):
     moves = []
     for n in (1, 4):
         trainer = Trainer(replace(recipe, grad_accumulation=n), tmp_path / str(n))
-        start = nn.utils.parameters_to_vector(trainer.setup.net.parameters()).detach()
+        start = nn.utils.parameters_to_vector(trainer.workload.net.parameters()).detach()
         trainer.train_epoch()
         assert trainer.updates == 3 and trainer.step == 3 * n
-        moves.append(nn.utils.parameters_to_vector(trainer.setup.net.parameters()).detach() - start)
+        moves.append(nn.utils.parameters_to_vector(trainer.workload.net.parameters()).detach() - start)
     assert (moves[1] - moves[0]).norm() < 1e-3 * moves[0].norm() > 0
 
 
@@ -282,8 +282,8 @@ def test_the_learning_rate_falls_with_the_first_batch_of_its_epoch(tmp_path):
     recipe = Recipe(model="resnet20_cifar", data="digits", epochs=4, batch_size=700, milestones=(1, 3), lr=0.5)
     trainer = Trainer(recipe, tmp_path / "out")
     rates = []
-    for update in range(4 * trainer.setup.updates_per_epoch):
-        trainer.setup.scheduler.step_update(update)
+    for update in range(4 * trainer.workload.updates_per_epoch):
+        trainer.workload.scheduler.step_update(update)
         rates.append(round(trainer.lr, 9))
     assert rates == [0.5] * 2 + [0.05] * 4 + [0.005] * 2
 
@@ -291,7 +291,7 @@ def test_the_learning_rate_falls_with_the_first_batch_of_its_epoch(tmp_path):
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     trainer = Trainer(Recipe(model="resnet20_cifar", data="digits"), tmp_path / "out")
     with torch.no_grad():
-        trainer.setup.net.conv1.weight[0] = float("nan")
+        trainer.workload.net.conv1.weight[0] = float("nan")
     with pytest.raises(TrainingError, match="weights are not finite.*no checkpoint yet"):
         trainer._save()
     assert not list((tmp_path / "out.run").glob("*.safetensors"))

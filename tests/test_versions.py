@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import tomllib
 from importlib import metadata
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from packaging.specifiers import SpecifierSet
 from training import ENVIRONMENT
 
 from timm_iebn.versions import check_versions
+
+ROOT = Path(__file__).parents[1]
 
 
 def with_version(monkeypatch, name, version):
@@ -48,11 +51,25 @@ def test_what_training_needs_is_looked_at_for_training_only(monkeypatch):
 
 @pytest.mark.parametrize("name", ["torch", "timm", "huggingface_hub", "accelerate"])
 def test_the_readme_names_the_range(name):
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     oldest, major = re.search(rf"{name} ([\d.]+) to (\d+)\.x", readme).groups()
-    wanted = [Requirement(line) for line in metadata.requires("timm-iebn")]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = [*project["dependencies"], *project["optional-dependencies"]["train"]]
+    wanted = [Requirement(line) for line in lines]
     (specifier,) = [r.specifier for r in wanted if r.name.replace("-", "_") == name]
     assert specifier == SpecifierSet(f">={oldest},<{int(major) + 1}")
+
+
+def test_what_is_missing_is_for_those_to_say_who_need_it(monkeypatch):
+    real = metadata.version
+
+    def version(name):
+        if name == "tensorboard":
+            raise metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    check_versions("train")
 
 
 def test_importing_looks_before_anything_else_is_imported():

@@ -8,5 +8,6 @@ if __name__ == "__main__":
     del sys.argv[0]
     if not sys.argv or not Path(sys.argv[0]).is_file():
         sys.exit(f"usage: python -m timm_iebn SCRIPT [ARGUMENTS], where SCRIPT is a file; got {sys.argv[:1]}")
-    sys.path[0] = str(Path(sys.argv[0]).resolve().parent)  # as `python SCRIPT` has it
+    folder = str(Path(sys.argv[0]).resolve().parent)  # as `python SCRIPT` has it
+    sys.path[: 0 if sys.flags.safe_path else 1] = [folder]
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -43,7 +43,7 @@ def create_accelerator(**kwargs: Any) -> Accelerator:
     return accelerator
 
 
-def accelerator_of(recipe: Recipe, project_dir: Path, trackers: Sequence[str] = ()) -> Accelerator:
+def create_training_accelerator(recipe: Recipe, project_dir: Path, trackers: Sequence[str] = ()) -> Accelerator:
     """The accelerator that trains `recipe`, and whose trackers write into `project_dir`.
 
     Raises:

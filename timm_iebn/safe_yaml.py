@@ -16,9 +16,8 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict[Hashable, Any]:
         if isinstance(node, yaml.MappingNode):
-            self.flatten_mapping(node)
-            keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
-            if twice := [key for key, times in keys.items() if times > 1]:  # the last one would win
+            keys = Counter((key.value, key.tag) for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+            if twice := [key for (key, _), times in keys.items() if times > 1]:  # the last one would win
                 raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} stands twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
@@ -39,7 +38,7 @@ def parse_yaml(text: str) -> Any:
         yaml.YAMLError: it is no YAML, or more than plain values.
     """
     try:
-        return yaml.load(text, _Loader)
+        return yaml.load(text, _Loader)  # noqa: S506  a safe loader that takes less
     except (ValueError, RecursionError, AttributeError, TypeError, KeyError, IndexError) as e:
         # such as dates that there are not, deep nesting, or `!!timestamp x`
         raise yaml.YAMLError(f"{type(e).__name__}: {e}") from e

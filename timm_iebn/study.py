@@ -129,8 +129,10 @@ def keep(study: Study, run: Run, output: Path) -> None:
     partial.mkdir(parents=True)
     for name in RUN_FILES:
         shutil.copyfile(output / name, partial / name)
-    shutil.rmtree(folder, ignore_errors=True)  # of another process that makes this study, and the same
-    partial.rename(folder)
+    if (folder / "log.csv").exists():  # another process makes this study too, and was first
+        shutil.rmtree(partial)
+    else:
+        partial.rename(folder)
 
 
 def write_report(study: Study) -> None:

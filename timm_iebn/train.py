@@ -23,10 +23,10 @@ from .evaluate import evaluate
 from .loaders import seed_everything
 from .messages import shorten
 from .model_folder import log_text, save_model_folder
-from .processes import StopRequest, accelerator_of, on_main
+from .processes import StopRequest, create_training_accelerator, on_main
 from .recipe import Recipe, RecipeError
 from .run_folder import check_output, clean_up, finished_row, folder_lock, open_folder, work_folder
-from .setup import Setup
+from .workload import Workload
 
 TRACKERS = ("tensorboard", "wandb")
 
@@ -68,10 +68,10 @@ class Trainer:
         self.recipe, self.output = recipe, output
         self.folder = work_folder(output)
         self.checkpoint_updates = checkpoint_updates
-        self.accelerator = accelerator_of(recipe, self.folder, trackers)
+        self.accelerator = create_training_accelerator(recipe, self.folder, trackers)
         on_main(lambda: check_output(recipe, output, resume))
         set_seed(recipe.seed)
-        self.setup = Setup(recipe, self.accelerator, data_dir, mix_data_dir, workers)
+        self.workload = Workload(recipe, self.accelerator, data_dir, mix_data_dir, workers)
         self.lock = folder_lock(output)
         on_main(lambda: open_folder(recipe, output, resume, self.lock))
         config = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in asdict(recipe).items()}
@@ -87,7 +87,7 @@ class Trainer:
         self.request = StopRequest()
         if resume:
             self._resume()
-        place, batches = (self.epoch, self.step), len(self.setup.train_loader)
+        place, batches = (self.epoch, self.step), len(self.workload.train_loader)
         self.display = Display(recipe.epochs, batches, place, self.accelerator.is_main_process)
         if self.last_checkpoint:
             self.display.say(f"going on from {self.last_checkpoint}, epoch {self.epoch + 1}, batch {self.step}")
@@ -99,17 +99,17 @@ class Trainer:
     @property
     def updates(self) -> int:
         """Updates made so far."""
-        return self.epoch * self.setup.updates_per_epoch + self.step // self.recipe.grad_accumulation
+        return self.epoch * self.workload.updates_per_epoch + self.step // self.recipe.grad_accumulation
 
     @property
     def lr(self) -> float:
-        return self.setup.optimizer.param_groups[0]["lr"]
+        return self.workload.optimizer.param_groups[0]["lr"]
 
     # ---- checkpoints
 
     def _save(self) -> None:
         self._check_finite()
-        if not all(t.isfinite().all() for t in self.setup.net.state_dict().values() if t.is_floating_point()):
+        if not all(t.isfinite().all() for t in self.workload.net.state_dict().values() if t.is_floating_point()):
             raise TrainingError(
                 f"weights are not finite at epoch {self.epoch + 1}, batch {self.step}; {self._left()}. {_REMEDY}"
             )
@@ -118,8 +118,8 @@ class Trainer:
         if not self.accelerator.is_main_process:
             self.last_checkpoint = checkpoint_path(self.folder, self.updates)
             return
-        place = dict(epoch=self.epoch, step=self.step, data=self.setup.data, rows=self.rows, sums=sums)
-        state = place | self.setup.state_dict()
+        place = dict(epoch=self.epoch, step=self.step, data=self.workload.data, rows=self.rows, sums=sums)
+        state = place | self.workload.state_dict()
         self.last_checkpoint = save_checkpoint(self.folder, self.updates, state)
 
     def _resume(self) -> None:
@@ -135,12 +135,12 @@ class Trainer:
             raise CheckpointError(f"can't go on from {self.last_checkpoint}: {type(e).__name__}: {shorten(e)}") from e
 
     def _take_up(self, state: dict[str, Any]) -> None:
-        if state["data"] != self.setup.data:
+        if state["data"] != self.workload.data:
             raise RecipeError(f"data: {self.last_checkpoint} was trained on other images than these, see --data-dir")
         self.epoch, self.step, self.rows = state["epoch"], state["step"], state["rows"]
         if self.accelerator.is_main_process:
             self.sums[:3] = state["sums"].to(self.sums)
-        self.setup.load_state_dict(state)
+        self.workload.load_state_dict(state)
 
     def _check_finite(self) -> None:
         """Of all processes, which must call it together."""
@@ -177,25 +177,25 @@ class Trainer:
     def train_epoch(self) -> float:
         """Trains from the current batch to the end of the epoch; returns the learning rate of its last update."""
         recipe, accelerator = self.recipe, self.accelerator
-        self.setup.model.train()
-        total = len(self.setup.train_loader)
+        self.workload.model.train()
+        total = len(self.workload.train_loader)
         started, first, shown = time.perf_counter(), self.step, 0.0
-        for images, labels in self.setup.train_loader.epoch(self.epoch, self.step):
+        for images, labels in self.workload.train_loader.epoch(self.epoch, self.step):
             # dropout, drop path and mixup are functions of the place in the run, so nothing of them is to be saved
             seed_everything(recipe.seed, self.epoch, self.step, accelerator.process_index, 1)
-            images, targets = self.setup.mixup(images, labels) if self.setup.mixup else (images, labels)
-            smoothing = 0.0 if self.setup.mixup else recipe.label_smoothing
-            if self.setup.strangers:
-                images = self.setup.strangers.join(images, self.epoch, self.step)
-            with accelerator.accumulate(self.setup.model):
+            images, targets = self.workload.mixup(images, labels) if self.workload.mixup else (images, labels)
+            smoothing = 0.0 if self.workload.mixup else recipe.label_smoothing
+            if self.workload.strangers:
+                images = self.workload.strangers.join(images, self.epoch, self.step)
+            with accelerator.accumulate(self.workload.model):
                 with accelerator.autocast():
-                    logits = self.setup.model(images)[: len(labels)]
+                    logits = self.workload.model(images)[: len(labels)]
                     loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
                 accelerator.backward(loss)
                 if recipe.clip_grad and accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(self.setup.model.parameters(), recipe.clip_grad)
-                self.setup.optimizer.step()
-                self.setup.optimizer.zero_grad()
+                    accelerator.clip_grad_norm_(self.workload.model.parameters(), recipe.clip_grad)
+                self.workload.optimizer.step()
+                self.workload.optimizer.zero_grad()
             with torch.no_grad():
                 loss = loss.detach().double()
                 correct = (logits.argmax(1) == labels).sum()
@@ -205,9 +205,9 @@ class Trainer:
             lr = self.rates[self.step] = self.lr
             self.step += 1
             if accelerator.sync_gradients:
-                self.setup.scheduler.step_update(self.updates)
-                if self.setup.ema:
-                    self.setup.ema.update(self.setup.net, step=self.updates)
+                self.workload.scheduler.step_update(self.updates)
+                if self.workload.ema:
+                    self.workload.ema.update(self.workload.net, step=self.updates)
                 if self.step < total:
                     is_due = self.checkpoint_updates and self.updates % self.checkpoint_updates == 0
                     is_stopped = self._is_stopped()
@@ -220,7 +220,7 @@ class Trainer:
                 if accelerator.num_processes == 1:
                     self._check_finite()
                 loss_sum, correct, seen, _ = self.sums.tolist()
-                speed = (self.step - first) * self.setup.train_loader.batch_size / (shown - started)
+                speed = (self.step - first) * self.workload.train_loader.batch_size / (shown - started)
                 self.display.show(self.epoch, self.step, loss_sum / seen, 100 * correct / seen, speed)
         return lr
 
@@ -234,7 +234,7 @@ class Trainer:
             except RecipeError as e:  # an image that can't be read, met late
                 raise TrainingError(f"{e}; {self._left()}") from e
             except RuntimeError as e:
-                if "DataLoader worker" not in str(e):
+                if "DataLoader worker (pid" not in str(e):  # what is raised in a worker is another thing
                     raise
                 # raised wherever the main process was when the signal came
                 raise TrainingError(f"a worker that loads images has died ({shorten(e)}); {self._left()}") from e
@@ -247,22 +247,22 @@ class Trainer:
         recipe, accelerator = self.recipe, self.accelerator
         while self.epoch < recipe.epochs:
             started, first = time.perf_counter(), self.step
-            self.setup.scheduler.step_update(self.updates)
+            self.workload.scheduler.step_update(self.updates)
             lr = self.train_epoch()
             seconds = time.perf_counter() - started
             loss_sum, correct, seen = accelerator.reduce(self.sums[:3].clone()).tolist()
-            images = (self.step - first) * self.setup.train_loader.batch_size
+            images = (self.step - first) * self.workload.train_loader.batch_size
             row = dict(epoch=self.epoch + 1, updates=self.updates, lr=lr)
             row |= dict(train_loss=loss_sum / seen, train_top1=100 * correct / seen)
             self._share_statistics()
-            row |= evaluate(self.setup.result, self.setup.test_loader, accelerator)
+            row |= evaluate(self.workload.result, self.workload.test_loader, accelerator)
             if recipe.has_noise:
-                with noise_in_eval(self.setup.result):
-                    noisy = evaluate(self.setup.result, self.setup.test_loader, accelerator)
+                with noise_in_eval(self.workload.result):
+                    noisy = evaluate(self.workload.result, self.workload.test_loader, accelerator)
                 row["test_top1_with_noise"] = noisy["test_top1"]
-            if self.setup.noise_images:
+            if self.workload.noise_images:
                 row |= batch_noise(
-                    self.setup.net, *self.setup.noise_images, batch_size=self.setup.train_loader.batch_size
+                    self.workload.net, *self.workload.noise_images, batch_size=self.workload.train_loader.batch_size
                 )
             row |= dict(images_per_second=images / seconds, seconds=time.perf_counter() - started)
             self._check_finite()
@@ -281,7 +281,7 @@ class Trainer:
     def _share_statistics(self) -> None:
         """Gives all processes the main one's running statistics, where norms are not synchronised."""
         if self.accelerator.num_processes > 1 and not self.recipe.sync_norms:
-            for buffer in self.setup.result.buffers():
+            for buffer in self.workload.result.buffers():
                 buffer.copy_(broadcast(buffer.clone()))
 
     def _report(self, row: dict[str, Any]) -> None:
@@ -294,9 +294,8 @@ class Trainer:
     def _finish(self) -> None:
         work = self.folder / "result" / self.output.name  # which the card in it takes for its name
         try:
-            save_model_folder(
-                self.setup.result, self.output, work, self.recipe, self.rows, self.setup.classes, self.setup.data_config
-            )
+            made = self.recipe, self.rows, self.workload.classes, self.workload.data_config
+            save_model_folder(self.workload.result, self.output, work, *made)
         except (OSError, SafetensorError, ValueError) as e:
             raise CheckpointError(
                 f"can't write {self.output}: {e}; the run is done, {self.last_checkpoint} is whole: --resume writes it"

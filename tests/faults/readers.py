@@ -6,6 +6,7 @@ A reader returns whether what it got is right: all that the file says, or what w
 import csv
 import json
 import math
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,9 @@ def make_model_folder(folder: Path) -> State:
 
 
 def load_with_timm(folder: Path, weights: State) -> bool:
-    return same(timm.create_model(f"local-dir:{folder}", pretrained=True).state_dict(), weights)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*is damaged, or was changed")  # it has been said: that is clear too
+        return same(timm.create_model(f"local-dir:{folder}", pretrained=True).state_dict(), weights)
 
 
 def make_timm_folder(folder: Path) -> None:
@@ -214,7 +217,7 @@ def make_run(folder: Path) -> tuple[State, dict[str, Tensor]]:
     with safe_open(trainer.last_checkpoint, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
         (folder / "tree.json").write_text(file.metadata()["tree"])
-    return trainer.setup.net.state_dict(), tensors
+    return trainer.workload.net.state_dict(), tensors
 
 
 def resume_run(folder: Path, context: tuple[State, dict[str, Tensor]]) -> bool:
@@ -225,7 +228,7 @@ def resume_run(folder: Path, context: tuple[State, dict[str, Tensor]]) -> bool:
     checkpoint.write_bytes(safetensors.torch.save(tensors, metadata))
     trainer = Trainer(RECIPE, folder / "out", resume=True)
     trainer.lock.release()
-    return same(trainer.setup.net.state_dict(), weights)
+    return same(trainer.workload.net.state_dict(), weights)
 
 
 # ---- the rest

@@ -12,6 +12,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
@@ -53,6 +54,8 @@ def define_model(module: str, name: str, doc: str, build: Callable[..., nn.Modul
 
 def build_with_cfg(model_cls: Callable[..., nn.Module], variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     """As timm's `build_model_with_cfg`; where weights can't be loaded, the error says which, from where, and why."""
+    if not pretrained:
+        return build_model_with_cfg(model_cls, variant, False, **kwargs)
     given, is_built = kwargs.get("pretrained_cfg"), False
     # timm gives what it read of a config.json as a dict
     folder = given.get("file") or given.get("hf_hub_id") if isinstance(given, dict) and _is_own(given) else None
@@ -63,25 +66,25 @@ def build_with_cfg(model_cls: Callable[..., nn.Module], variant: str, pretrained
         is_built = True  # what fails from here on is loading
         return model
 
+    cfg = resolve_pretrained_cfg(variant, given, kwargs.get("pretrained_cfg_overlay"))
+    # timm takes a repository's weights from it, whatever else its config.json names
+    is_online = cfg.source == "hf-hub" or (cfg.hf_hub_id and not cfg.file and not cfg.state_dict)
     try:
-        if pretrained:
-            cfg = resolve_pretrained_cfg(variant, given, kwargs.get("pretrained_cfg_overlay"))
-            if cfg.file:
-                check_weights(cfg.file)
-            if folder:
-                _check_config(cfg, kwargs.get("pretrained_model_args") or {})
-        model = build_model_with_cfg(build, variant, pretrained, **kwargs)
+        if not is_online and cfg.file:
+            check_weights(_weights_of(cfg))
+        if folder:
+            _check_config(cfg, kwargs.get("pretrained_model_args") or {})
+        model = build_model_with_cfg(build, variant, True, **kwargs)
     except Exception as e:
-        is_loading = is_built and isinstance(e, _LOADING_ERRORS)
-        if pretrained and (is_loading or isinstance(e, SafetensorError)):
+        if isinstance(e, SafetensorError) or (is_built and isinstance(e, _LOADING_ERRORS)):
             raise _explain(variant, cfg, kwargs.get("cache_dir"), e) from e
-        if folder and str(folder) not in str(e):
+        if folder and not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and str(folder) not in str(e):
             raise RuntimeError(
                 f"{folder} can't be loaded: its config.json and the arguments given say what can't be done with "
                 f"{variant} or its weights ({type(e).__name__}: {shorten(e)})"
             ) from e
         raise
-    if pretrained and cfg.hf_hub_id and not cfg.file and not cfg.state_dict:
+    if is_online:
         check_download(cfg.hf_hub_id, kwargs.get("cache_dir"))
     return model
 
@@ -131,25 +134,25 @@ def _is_own(cfg: dict[str, Any]) -> bool:
     return cfg.get("source") in ("hf-hub", "local-dir")
 
 
-def _check_config(cfg: PretrainedCfg, model_args: dict[str, Any]) -> None:
-    """Raises ValueError unless the config.json of a folder or repository says one number of classes and of channels,
-    that of the weights.
+def _weights_of(cfg: PretrainedCfg) -> Path:
+    """The file of a cfg that names a file, or a folder."""
+    return Path(cfg.file) / WEIGHTS if Path(cfg.file).is_dir() else Path(cfg.file)
 
-    With two, timm would take the head for a new one and leave it random; with huge ones, build the network first.
+
+def _check_config(cfg: PretrainedCfg, model_args: dict[str, Any]) -> None:
+    """Raises ValueError unless the config.json of a folder or repository says one number of classes, and a folder's
+    weights have it.
+
+    With two, timm would take the head for a new one and leave it random. It checks the number of channels itself.
     """
-    classes = {cfg.num_classes, model_args.get("num_classes", cfg.num_classes)}
-    channels = {cfg.input_size[0], model_args.get("in_chans", cfg.input_size[0])}
-    weights = Path(cfg.file or "") / WEIGHTS
-    if cfg.source == "local-dir" and weights.exists():
+    found = {cfg.num_classes, model_args.get("num_classes", cfg.num_classes)}
+    if cfg.source == "local-dir" and (weights := _weights_of(cfg)).exists():
         with safe_open(weights, "pt") as file:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
         heads = [shapes.get(f"{name}.weight") for name in _as_tuple(cfg.classifier)]
-        stems = [shapes.get(f"{name}.weight") for name in _as_tuple(cfg.first_conv)]
-        classes |= {shape[0] - (cfg.label_offset or 0) for shape in filter(None, heads)}
-        channels |= {shape[1] for shape in filter(None, stems)}
-    for what, found in dict(num_classes=classes, in_chans=channels).items():
-        if len(found) > 1 or not all(type(n) is int and n >= 0 for n in found):
-            raise ValueError(f"{what}: config.json and weights do not agree on one number: {sorted(found, key=str)}")
+        found |= {shape[0] - (cfg.label_offset or 0) for shape in filter(None, heads)}
+    if len(found) > 1 or not all(type(n) is int and n >= 0 for n in found):
+        raise ValueError(f"num_classes: config.json and weights do not agree on one number: {sorted(found, key=str)}")
 
 
 def _as_tuple(names: str | tuple[str, ...] | None) -> tuple[str, ...]:

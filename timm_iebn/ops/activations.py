@@ -24,6 +24,7 @@ _MODULES = {
     nn.SiLU: "silu",
     timm_activations.Swish: "silu",
 }
+# as torch's own _has_any_global_hook, which not all versions have
 _GLOBAL_HOOKS = (
     "_global_forward_hooks",
     "_global_forward_pre_hooks",

@@ -17,7 +17,7 @@ from .processes import on_main
 from .recipe import Recipe, RecipeError
 
 
-class Setup:
+class Workload:
     """Everything that a recipe asks for, on the devices of `accelerator`; all of it is tried, nothing is written.
 
     Args:
