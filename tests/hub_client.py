@@ -34,4 +34,4 @@ def client(home: Path, endpoint: str, token: str, **env: str) -> Iterator[Callab
             patch.setenv(name, value)
         pool = get_context("spawn").Pool(1, initializer=skip_waits)
     with pool:
-        yield lambda f, *args, **kwargs: pool.apply_async(f, args, kwargs).get(timeout=100)
+        yield lambda f, *args, **kwargs: pool.apply_async(f, args, kwargs).get(timeout=300)
