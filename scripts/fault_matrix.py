@@ -46,6 +46,11 @@ def rows_of(text: str) -> dict[tuple[str, str], str]:
     return {tuple(cell.strip() for cell in line.split("|")[1:3]): line for line in lines}
 
 
+def key(fault: Fault) -> tuple[str, str]:
+    """What its line begins with."""
+    return fault.name, fault.how or "as the test does"
+
+
 def row(fault: Fault, outcome: Outcome, seconds: float) -> str:
     """A line of the table."""
     seen = outcome.seen
@@ -54,8 +59,7 @@ def row(fault: Fault, outcome: Outcome, seconds: float) -> str:
         seen += f"; the first failure: {first}"
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "timm", "safetensors", "huggingface-hub"))
     when = f"{date.today()}, {seconds:.0f} s; Python {platform.python_version()}, {packages}"
-    how = fault.how or "as the test does"
-    cells = fault.name, how, str(outcome.times), fault.must, str(len(outcome.failures)), seen, when
+    cells = *key(fault), str(outcome.times), fault.must, str(len(outcome.failures)), seen, when
     return f"| {' | '.join(cells)} |"
 
 
@@ -86,8 +90,7 @@ def main() -> int:
         rows = rows_of(args.output.read_text(encoding="utf-8")) if args.output.exists() else {}
         line = row(fault, outcome, time.monotonic() - start)
         rows |= rows_of(line)
-        order = [*rows_of("\n".join(row(f, Outcome(0), 0) for f in FAULTS))]
-        text = HEAD + "".join(f"{rows[key]}\n" for key in order if key in rows)
+        text = HEAD + "".join(f"{rows[key(f)]}\n" for f in FAULTS if key(f) in rows)
         write_atomically(args.output, text.encode())
         print(line, flush=True)
     return int(failed)

@@ -288,6 +288,23 @@ def test_the_learning_rate_falls_with_the_first_batch_of_its_epoch(tmp_path):
     assert rates == [0.5] * 2 + [0.05] * 4 + [0.005] * 2
 
 
+class Broken(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        raise RuntimeError("a bug of the data set's own")
+
+
+def test_an_error_in_a_worker_is_not_called_its_death(tmp_path, monkeypatch):
+    trainer = Trainer(Recipe(model="resnet20_cifar", data="digits"), tmp_path / "out")
+    loader = torch.utils.data.DataLoader(Broken(), num_workers=1)
+    monkeypatch.setattr(trainer, "_run_epochs", lambda: next(iter(loader)))
+    with pytest.raises(RuntimeError, match="a bug of the data set's own") as error:
+        trainer.fit()
+    assert not isinstance(error.value, TrainingError)
+
+
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     trainer = Trainer(Recipe(model="resnet20_cifar", data="digits"), tmp_path / "out")
     with torch.no_grad():

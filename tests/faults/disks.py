@@ -8,7 +8,8 @@ from pathlib import Path
 from random import Random
 
 from hub_client import SETTINGS
-from hub_server import Hub, Repo
+from hub_server import Hub
+from hub_storage import Repo
 from training import ENVIRONMENT, command, run, weights
 
 from timm_iebn.checkpoint import read_checkpoint

@@ -25,7 +25,8 @@ import safetensors.torch
 import timm
 import torch
 from hub_client import client
-from hub_server import Fault, Hub, Repo, sha256
+from hub_server import Fault, Hub
+from hub_storage import Repo, sha256
 from training import RICH, SCRIPTS, log, weights
 
 import timm_iebn.publish

@@ -3,14 +3,14 @@
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from . import Outcome, accidents, disks, kills
-from .fuzz import OTHERS, TARGETS, Target, fuzz
+from .fuzz import OTHERS, TARGETS, fuzz
 
 ROOT = Path(__file__).parents[2]
 NAMED = 4  # kinds of files whose mutations count: model.safetensors, config.json, recipe.yaml, log.csv
@@ -23,18 +23,13 @@ class Fault:
 
     part: str
     name: str
-    how: str
+    how: str  # as the test does, where it is empty
     must: str
     provoke: Callable[[int, int, Path], Outcome] | None = None
     tests: str = ""  # a file of tests/, a colon, and what their names begin with
     share: float = 1  # of the number of kills or mutations that is asked for; or, where `times`, that many
     times: int = 0
     tested: int = 1  # how often tests/test_faults.py provokes it, in which mutations have a test of their own
-
-
-def count(targets: Iterable[Target], target: Target, mutations: int) -> int:
-    """How many of all mutations one target gets: kinds of files have equal parts, and so have the ways to read one."""
-    return -(-mutations // NAMED // sum(t.file == target.file for t in targets))
 
 
 def _fuzzed(number: int, times: int, seed: int, folder: Path) -> Outcome:
@@ -48,7 +43,8 @@ def _fuzzed(number: int, times: int, seed: int, folder: Path) -> Outcome:
 def _fuzz_rows() -> list[Fault]:
     rows = []
     for number, target in enumerate([*TARGETS, *OTHERS]):
-        share = count(TARGETS, target, 10_000) / 10_000 if target in TARGETS else 0.03
+        # kinds of files have equal parts, and so have the ways to read one
+        share = 1 / NAMED / sum(t.file == target.file for t in TARGETS) if target in TARGETS else 0.03
         if target.file == "a checkpoint of other content":
             share = 0.02  # each starts a trainer
         how = f"damaged, then {target.reader}"
