@@ -113,6 +113,8 @@ def update(is_check: bool) -> int:
         plot_results(ROOT / "zoo", ROOT / "zoo" / "results.png")
         for study in load_studies(ROOT / "zoo"):
             plot_study(study, study.folder / "curves.png")
+    if not stale:
+        print("all up to date")
     return int(is_check and bool(stale))
 
 

@@ -8,6 +8,7 @@ from faults.fuzz import FAILURES, OTHERS, TARGETS, Target, fuzz, judge
 from faults.matrix import FAULTS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [f for f in FAULTS if f.provoke and f.tested], ids=lambda f: f.name)
 def test_a_bad_day_leaves_nothing_half_done(fault, tmp_path):
     if fault.part == "disks" and not disks.has_disks():
@@ -16,6 +17,7 @@ def test_a_bad_day_leaves_nothing_half_done(fault, tmp_path):
     assert outcome.times >= fault.tested and not outcome.failures, outcome
 
 
+@pytest.mark.slow
 def test_damaged_files_are_read_whole_or_end_in_a_clear_error(tmp_path):
     targets = [*TARGETS, *OTHERS]
     found = fuzz(dict.fromkeys(range(len(targets)), 15), random.randrange(10**6), tmp_path)

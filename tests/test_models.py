@@ -41,7 +41,6 @@ CIFAR = {
 }
 TWINS = [*RESNETS, *MOBILENETS, *CIFAR]
 NAMES = [f"{twin}_iebn" for twin in TWINS]
-ALL = [*NAMES, *CIFAR]
 # one of every block, builder and stem
 FAMILIES = [
     "resnet18_iebn",
@@ -56,6 +55,10 @@ FAMILIES = [
     "densenet_bc_100_12_cifar_iebn",
     "mobilenetv2_cifar_iebn",
 ]
+TWIN = "resnet20_cifar"
+# of the same blocks as another one that is always tried
+REST = [pytest.param(name, marks=pytest.mark.slow) for name in (*NAMES, *CIFAR) if name not in (*FAMILIES, TWIN)]
+ALL = [*FAMILIES, TWIN, *REST]
 
 # timm and torch about their own future
 pytestmark = [
@@ -184,7 +187,7 @@ def test_intermediates(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_gradient_checkpointing_changes_nothing(name, training):
     x = images(name)
     plain, saving = build(name).double(), timm.create_model(name).double()

@@ -125,7 +125,7 @@ def test_what_is_wrong_with_the_zoo_is_said_in_a_line(tmp_path):
 def test_one_command_starts_or_continues_the_whole_list(tmp_path):
     python = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = os.environ | dict(
-        PATH=python, MODELS="resnet20_cifar", NORMS="- _iebn", SEEDS="0 1", OUTPUT=str(tmp_path), JOBS="2"
+        PATH=python, MODELS="resnet20_cifar", NORMS="- _iebn", SEEDS="0", OUTPUT=str(tmp_path), JOBS="2"
     )
     environment |= dict(OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true")
     command = [ROOT / "scripts" / "reproduce.sh", "data=digits", "data_config={}", "epochs=1"]
@@ -134,7 +134,6 @@ def test_one_command_starts_or_continues_the_whole_list(tmp_path):
         result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
         assert result.returncode == 0, result.stdout + result.stderr
     for model in ("resnet20_cifar", "resnet20_cifar_iebn"):
-        for seed in (0, 1):
-            assert (tmp_path / f"{model}.digits_1epochs_seed{seed}" / "model.safetensors").exists()
-            said = (tmp_path / f"{model}-seed{seed}.log").read_text()
-            assert said.count("epoch   1/1") == 1 and said.count("on the test split") == 2, said
+        assert (tmp_path / f"{model}.digits_1epochs_seed0" / "model.safetensors").exists()
+        said = (tmp_path / f"{model}-seed0.log").read_text()
+        assert said.count("epoch   1/1") == 1 and said.count("on the test split") == 2, said

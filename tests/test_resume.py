@@ -37,7 +37,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("place", ["evaluation", "write", "rename"])
+@pytest.mark.parametrize(
+    "place", ["evaluation", *(pytest.param(p, marks=pytest.mark.slow) for p in ("write", "rename"))]
+)
 def test_killed_at_a_critical_place_it_goes_on_to_the_same_bits(place, uninterrupted, tmp_path):
     folder = tmp_path / "out"
     script = [str(SCRIPTS / "train.py"), "--output", str(folder), "--resume", "--checkpoint-updates", "3", *RICH]

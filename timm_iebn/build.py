@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -21,6 +22,15 @@ def suggestion(model: str) -> str:
     """A question after a registered name that is like `model`, or nothing."""
     close = difflib.get_close_matches(model, timm.list_models(), n=1, cutoff=0.8)
     return f"; did you mean {close[0]!r}?" if close and close[0] != model else ""
+
+
+def check_model(recipe: Recipe) -> None:
+    """Raises RecipeError if there is no such model, before data that may be slow to come is asked for."""
+    kind, colon, folder = recipe.model.partition(":")
+    if not colon and not timm.is_model(recipe.model.split(".")[0]):
+        raise RecipeError(f"model: unknown model {recipe.model!r}{suggestion(recipe.model)}")
+    if kind == "local-dir" and not Path(folder, "config.json").exists():
+        raise RecipeError(f"model: {folder!r} is no model folder: it has no config.json")
 
 
 def create_model(recipe: Recipe, num_classes: int, in_chans: int) -> nn.Module:

@@ -112,6 +112,7 @@ def make_card(folder: Path, comparison: Comparison | None = None, source: str = 
         seed=recipe.seed,
         spread=max(map(len, comparison.sides)) > 1,
         runs=len(comparison.sides[side]),
+        name=folder.resolve().name,
         source=source or f"hf-hub:{hub_id(folder, NAMESPACE)}",
         mode="L" if size[0] == 1 else "RGB",
         input_size=", ".join(map(str, size)),

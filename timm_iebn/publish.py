@@ -167,6 +167,9 @@ def _explain(repo: str, error: BaseException) -> PublishError:
         return PublishError(f"{repo}: the Hub refuses to write to {namespace}{because}: {hint}")
     if status in (409, 412):
         return PublishError(f"{repo} has changed meanwhile{because}: run again")
+    if "Connect" in type(error).__name__:
+        hint = "check the connection and its proxy, and HF_ENDPOINT if you set it"
+        return PublishError(f"{repo}: the Hub at {constants.ENDPOINT} can't be reached ({_one_line(error)}): {hint}")
     what = f"the Hub at {constants.ENDPOINT} did not do it ({_one_line(error)})"
     return PublishError(f"{repo}: {what}. What is online is whole: run again.")
 

@@ -48,6 +48,10 @@ class RecipeError(ValueError):
     """A recipe that can't be run; the message names the key, the value and what is possible."""
 
 
+# what other trainers call the keys
+_ALIASES = dict(learning_rate=["lr"], optimizer=["opt"], scheduler=["sched"], wd=["weight_decay"], bs=["batch_size"])
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Everything that decides a result. Defaults are those of the IEBN authors' CIFAR script."""
@@ -213,7 +217,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     known = [f.name for f in fields(Recipe)]
     for key in values:
         if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
+            close = [*_ALIASES.get(key, ()), *difflib.get_close_matches(str(key), known, n=1)]
             hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
             raise RecipeError(f"{where}: unknown key {shorten(repr(key))}: {hint}")
     for key in ("model", "data"):

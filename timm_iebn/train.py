@@ -89,6 +89,8 @@ class Trainer:
             self._resume()
         place, batches = (self.epoch, self.step), len(self.workload.train_loader)
         self.display = Display(recipe.epochs, batches, place, self.accelerator.is_main_process)
+        where = f"{self.accelerator.num_processes} x {self.accelerator.device.type}, {torch.get_num_threads()} threads"
+        self.display.say(f"{recipe.model} on {recipe.data}, {where}: {recipe.epochs} x {batches} batches, to {output}")
         if self.last_checkpoint:
             self.display.say(f"going on from {self.last_checkpoint}, epoch {self.epoch + 1}, batch {self.step}")
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .attacks import Strangers, add_constant_noise
 from .batch_noise import ANCHORS, check_size
-from .build import create_mixup, create_model, create_optimizer, create_scheduler, try_model
+from .build import check_model, create_mixup, create_model, create_optimizer, create_scheduler, try_model
 from .convert import convert_sync_batchnorm
 from .data import Images, fingerprint, open_data
 from .loaders import choose_images, make_loader, make_share
@@ -35,6 +35,7 @@ class Workload:
         self, recipe: Recipe, accelerator: Accelerator, data_dir: str = "", mix_data_dir: str = "", workers: int = 0
     ) -> None:
         self.accelerator = accelerator
+        check_model(recipe)
         train_split, test_split, self.classes = open_data(recipe, data_dir)
         self.data = fingerprint(train_split, self.classes)
         if self.data != on_main(lambda: self.data):

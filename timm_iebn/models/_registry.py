@@ -38,6 +38,7 @@ WARM_START = "warmstart_"  # how tags of batch-norm weights begin
 
 _DAMAGED = (SafetensorError, UnpicklingError, EOFError, KeyError)  # the last two as torch.load has them
 _LOADING_ERRORS = (OSError, EntryNotFoundError, HTTPError, RuntimeError, *_DAMAGED)
+_MOST_CHANNELS = 4096  # a network for more would take all memory before its weights are looked at
 
 
 def define_model(module: str, name: str, doc: str, build: Callable[..., nn.Module]) -> None:
@@ -70,8 +71,6 @@ def build_with_cfg(model_cls: Callable[..., nn.Module], variant: str, pretrained
     # timm takes a repository's weights from it, whatever else its config.json names
     is_online = cfg.source == "hf-hub" or (cfg.hf_hub_id and not cfg.file and not cfg.state_dict)
     try:
-        if not is_online and cfg.file:
-            check_weights(_weights_of(cfg))
         if folder:
             _check_config(cfg, kwargs.get("pretrained_model_args") or {})
         model = build_model_with_cfg(build, variant, True, **kwargs)
@@ -84,6 +83,8 @@ def build_with_cfg(model_cls: Callable[..., nn.Module], variant: str, pretrained
                 f"{variant} or its weights ({type(e).__name__}: {shorten(e)})"
             ) from e
         raise
+    if cfg.file and not is_online:
+        check_weights(_weights_of(cfg))
     if is_online:
         check_download(cfg.hf_hub_id, kwargs.get("cache_dir"))
     return model
@@ -151,6 +152,9 @@ def _check_config(cfg: PretrainedCfg, model_args: dict[str, Any]) -> None:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
         heads = [shapes.get(f"{name}.weight") for name in _as_tuple(cfg.classifier)]
         found |= {shape[0] - (cfg.label_offset or 0) for shape in filter(None, heads)}
+    channels = model_args.get("in_chans", cfg.input_size[0])
+    if type(channels) is not int or not 0 < channels <= _MOST_CHANNELS:
+        raise ValueError(f"in_chans: {channels!r} is no number of channels that images have")
     if len(found) > 1 or not all(type(n) is int and n >= 0 for n in found):
         raise ValueError(f"num_classes: config.json and weights do not agree on one number: {sorted(found, key=str)}")
 
