@@ -67,10 +67,8 @@ def build_with_cfg(model_cls: Callable[..., nn.Module], variant: str, pretrained
         is_built = True  # what fails from here on is loading
         return model
 
-    cfg = resolve_pretrained_cfg(variant, given, kwargs.get("pretrained_cfg_overlay"))
-    # timm takes a repository's weights from it, whatever else its config.json names
-    is_online = cfg.source == "hf-hub" or (cfg.hf_hub_id and not cfg.file and not cfg.state_dict)
     try:
+        cfg = resolve_pretrained_cfg(variant, given, kwargs.get("pretrained_cfg_overlay"))
         if folder:
             _check_config(cfg, kwargs.get("pretrained_model_args") or {})
         model = build_model_with_cfg(build, variant, True, **kwargs)
@@ -83,6 +81,8 @@ def build_with_cfg(model_cls: Callable[..., nn.Module], variant: str, pretrained
                 f"{variant} or its weights ({type(e).__name__}: {shorten(e)})"
             ) from e
         raise
+    # timm takes a repository's weights from it, whatever else its config.json names
+    is_online = cfg.source == "hf-hub" or (cfg.hf_hub_id and not cfg.file and not cfg.state_dict)
     if cfg.file and not is_online:
         check_weights(_weights_of(cfg))
     if is_online:
