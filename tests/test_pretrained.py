@@ -123,8 +123,9 @@ def test_weights_that_are_not_those_of_their_config_json_are_warned_of(folder, t
         timm.create_model(called, pretrained=True)
 
 
-def test_a_neighbour_of_the_weights_that_is_no_config_says_nothing_of_them(file, tmp_path):
-    (tmp_path / "config.json").write_text('{"weights_sha256": Infinity}')
+@pytest.mark.parametrize("text", ['{"weights_sha256": Infinity}', '{"weights_sha256": "0"}'])
+def test_a_neighbour_of_the_weights_that_is_not_their_config_says_nothing_of_them(file, tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
     timm.create_model(
         "resnet20_cifar_iebn", pretrained=True, **file(timm.create_model("resnet20_cifar_iebn").state_dict())
     )

@@ -133,6 +133,8 @@ def check_weights(weights: Path) -> None:
     Raises:
         RuntimeError: weights of the zoo are damaged.
     """
+    if weights.name != WEIGHTS:  # the digest is that of this file alone
+        return
     try:
         expected = _parse_config(weights.with_name("config.json")).get("weights_sha256")
     except (OSError, ValueError):  # whoever needs it will say so
