@@ -34,7 +34,8 @@ def signature(value: Any) -> str:
     if isinstance(node, ast.FunctionDef):
         return "\n".join(lines[node.lineno - 1 : node.body[0].lineno - 1])
     fields = [part for part in node.body if isinstance(part, ast.AnnAssign)]
-    (init,) = [part for part in node.body if isinstance(part, ast.FunctionDef) and part.name == "__init__"] or [None]
+    functions = [part for part in node.body if isinstance(part, ast.FunctionDef)]
+    init = next((function for function in functions if function.name == "__init__"), None)
     head = lines[node.lineno - 1]
     if fields:  # a dataclass or named tuple
         return "\n".join([head, *lines[fields[0].lineno - 1 : fields[-1].end_lineno]])

@@ -6,6 +6,8 @@ disks: full and read-only ones. accidents: two at once, clocks, workers, ranks a
 
 from dataclasses import dataclass, field
 
+TOKEN = "hf_planted_writer"  # of who may write to the loopback Hub
+
 
 @dataclass
 class Outcome:

@@ -18,12 +18,11 @@ from training import ENVIRONMENT, SCRIPTS, command, image_folder, run, started, 
 
 from timm_iebn.model_folder import FILES
 
-from . import Failures, Outcome
+from . import TOKEN, Failures, Outcome
 from .kills import SMALL
 from .readers import TAG, write_folder
 
 ROOT = SCRIPTS.parent
-TOKEN = "hf_planted_writer"
 
 
 # ---- two at once

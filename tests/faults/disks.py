@@ -15,11 +15,10 @@ from training import ENVIRONMENT, command, run, weights
 from timm_iebn.checkpoint import read_checkpoint
 from timm_iebn.model_folder import FILES
 
-from . import Failures, Outcome
+from . import TOKEN, Failures, Outcome
 from .kills import SMALL
 from .readers import TAG, write_folder
 
-TOKEN = "hf_planted_writer"
 # A disk of its own, of $1 kB, at $2, in a name space that ends with the script: the lines on standard input.
 MOUNT = 'mount -t tmpfs -o size="$1"k none "$2" && cd "$2" && sh'
 DISK = ["unshare", "--mount", "--map-root-user", "sh", "-c", MOUNT, "-"]

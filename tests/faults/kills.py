@@ -35,10 +35,9 @@ from timm_iebn.checkpoint import CheckpointError, load_latest, read_checkpoint, 
 from timm_iebn.model_folder import FILES
 from timm_iebn.zoo import WEIGHTS, model_folders
 
-from . import Outcome
+from . import TOKEN, Outcome
 from .readers import TAG, write_folder
 
-TOKEN = "hf_planted_writer"
 LIMIT_S = 90
 ENVIRONMENT = dict(OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true", COLUMNS="200")
 # a few seconds of training, of which many are spent on checkpoints; with all that has a state

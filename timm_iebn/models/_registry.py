@@ -83,10 +83,10 @@ def build_with_cfg(model_cls: Callable[..., nn.Module], variant: str, pretrained
         raise
     # timm takes a repository's weights from it, whatever else its config.json names
     is_online = cfg.source == "hf-hub" or (cfg.hf_hub_id and not cfg.file and not cfg.state_dict)
-    if cfg.file and not is_online:
-        check_weights(_weights_of(cfg))
     if is_online:
         check_download(cfg.hf_hub_id, kwargs.get("cache_dir"))
+    elif cfg.file:
+        check_weights(_weights_of(cfg))
     return model
 
 
@@ -142,9 +142,10 @@ def _weights_of(cfg: PretrainedCfg) -> Path:
 
 def _check_config(cfg: PretrainedCfg, model_args: dict[str, Any]) -> None:
     """Raises ValueError unless the config.json of a folder or repository says one number of classes, and a folder's
-    weights have it.
+    weights have it, and a number of channels that images can have.
 
-    With two, timm would take the head for a new one and leave it random. It checks the number of channels itself.
+    With two numbers of classes, timm would take the head for a new one and leave it random. That channels are those of
+    the weights it checks itself.
     """
     found = {cfg.num_classes, model_args.get("num_classes", cfg.num_classes)}
     if cfg.source == "local-dir" and (weights := _weights_of(cfg)).exists():
