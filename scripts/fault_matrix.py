@@ -11,6 +11,7 @@ import argparse
 import platform
 import sys
 import time
+from collections.abc import Iterable
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -34,6 +35,8 @@ error is clear (`is_clear` in `tests/faults/fuzz.py`) if it is a ValueError, Run
 own, whose message names the file or its folder, has no more than 2000 characters, and is no traceback.
 
     python scripts/fault_matrix.py
+
+{summary}
 
 | Fault | How | Times | What must hold | Failed | What was seen | When, with what |
 |---|---|---|---|---|---|---|
@@ -63,6 +66,16 @@ def row(fault: Fault, outcome: Outcome, seconds: float) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def summary(lines: Iterable[str]) -> str:
+    """What a table's lines come to."""
+    counts = [(int(cells[3]), int(cells[5])) for cells in (line.split("|") for line in lines)]
+    failed = [f for _, f in counts if f]
+    return (
+        f"In all {sum(times for times, _ in counts)} faults in {len(counts)} rows; {sum(failed)} failed, "
+        f"in {len(failed)} of the rows."
+    )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100, help="of each kind of work")
@@ -90,7 +103,8 @@ def main() -> int:
         rows = rows_of(args.output.read_text(encoding="utf-8")) if args.output.exists() else {}
         line = row(fault, outcome, time.monotonic() - start)
         rows |= rows_of(line)
-        text = HEAD + "".join(f"{rows[key(f)]}\n" for f in FAULTS if key(f) in rows)
+        lines = [rows[key(f)] for f in FAULTS if key(f) in rows]
+        text = HEAD.replace("{summary}", summary(lines)) + "".join(f"{line}\n" for line in lines)
         write_atomically(args.output, text.encode())
         print(line, flush=True)
     return int(failed)

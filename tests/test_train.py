@@ -98,6 +98,7 @@ def test_validate_takes_either_loader_and_the_classes_of_the_training_only(tmp_p
             "'resnet20_cifar_ibn' is neither .* did you mean 'resnet20_cifar_iebn'",
         ),
         (["resnet32_cifar", "--data", "digits"], "pretrained"),
+        (["{folder}/.."], "has no config.json, so it is no model folder"),
         (["{folder}", "--data", "hfds//nowhere"], "/nowhere"),
     ],
 )

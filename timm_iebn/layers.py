@@ -128,10 +128,11 @@ class IEBN2d(nn.BatchNorm2d):
         missing = [key for key in gates if key not in state_dict]
         if missing and any(key.startswith(prefix) for key in state_dict):
             # not left to `strict`: a network that runs with untrained gates looks loaded
-            error_msgs.append(
-                f"{' and '.join(missing)} missing: the checkpoint has a norm without a gate here. To start IEBN from "
-                "batch-norm weights, load them into the batch-norm network and call timm_iebn.convert_bn_to_iebn."
+            remedy = (
+                "the checkpoint has norms without gates. To start IEBN from batch-norm weights, load them into the "
+                "batch-norm network and call timm_iebn.convert_bn_to_iebn. Missing:"
             )
+            error_msgs += [line for line in (remedy, ", ".join(missing)) if line not in error_msgs]  # remedy said once
         elif missing:  # one text for all layers, so that Python shows it once; `strict` is always true here
             warnings.warn(
                 "the state dict lacks IEBN layers of this network, whose gates stay as they are", stacklevel=2
