@@ -54,8 +54,8 @@ def _recipe(name: str, given: dict[str, str]) -> Recipe:
     """The part of a recipe that evaluation knows: the folder's own, changed by what is given."""
     if Path(name).is_dir() and not (Path(name) / "config.json").exists():
         raise RecipeError(
-            f"model: {name!r} has no config.json, so it is no model folder. One whose name ends in .run is of a training "
-            "that has not ended: train.py --resume goes on with it"
+            f"model: {name!r} has no config.json, so it is no model folder. One whose name ends in .run is of an "
+            "unfinished training: train.py --resume goes on with it"
         )
     stored = Path(name) / "recipe.yaml"
     if stored.exists():
