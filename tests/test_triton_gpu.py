@@ -15,7 +15,7 @@ from timm_iebn.ops import iebn
 pytest.importorskip("timm_iebn.ops.triton", reason="Triton is not installed: pip install triton")
 
 COMPILE = """
-import re, subprocess, sys, tempfile
+import inspect, re, subprocess, sys, tempfile
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
@@ -58,7 +58,8 @@ for name in "statistics merge_statistics normalize reduce merge_gradients grad_i
         file.write(ptx)
         file.flush()
         target = re.search(r"\\.target (\\w+)", ptx)[1]
-        command = [get_ptxas(capability).path, "-v", f"--gpu-name={target}", file.name, "-o", "/dev/null"]
+        ptxas = get_ptxas(capability) if inspect.signature(get_ptxas).parameters else get_ptxas()
+        command = [ptxas.path, "-v", f"--gpu-name={target}", file.name, "-o", "/dev/null"]
         said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     spilled = sum(map(int, re.findall(r"(\\d+) bytes spill", said)))
     print(name, ptx.count("ld.global.v4"), ptx.count("st.global.v4"), ptx.count("st.global.b16"), spilled)
