@@ -178,6 +178,15 @@ class _Reproducible(Dataset):
         return self.transform(image), label
 
 
+class WorkerError(RuntimeError):
+    """A process that loads images has died at a moment when torch does not see it."""
+
+
+def is_worker_death(e: RuntimeError) -> bool:
+    """Whether a process that loads images has died: torch raises that wherever the main process is at the moment."""
+    return isinstance(e, WorkerError) or "DataLoader worker (pid" in str(e)  # one that raised has other words
+
+
 def _outlive_signals(_: int) -> None:
     """A signal to the whole group of processes must not take a worker from the trainer before its last update."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -229,6 +238,8 @@ class TimmLoader(Loader):
         except RecipeError as e:
             # the text holds the worker's traceback, and what holds e's own keeps the workers alive
             raise RecipeError(str(e.with_traceback(None)).rpartition("RecipeError: ")[2].strip()) from None
+        except (ConnectionError, EOFError) as e:
+            raise WorkerError(f"while it handed images over: {e}") from e
 
 
 def _test_transform(data_config: dict[str, Any]) -> Any:

@@ -20,7 +20,7 @@ from .batch_noise import batch_noise
 from .checkpoint import CheckpointError, checkpoint_path, load_latest, save_checkpoint, write_atomically
 from .display import Display
 from .evaluate import evaluate
-from .loaders import seed_everything
+from .loaders import is_worker_death, seed_everything
 from .messages import shorten
 from .model_folder import log_text, save_model_folder
 from .processes import StopRequest, create_training_accelerator, on_main
@@ -236,9 +236,8 @@ class Trainer:
             except RecipeError as e:  # an image that can't be read, met late
                 raise TrainingError(f"{e}; {self._left()}") from e
             except RuntimeError as e:
-                if "DataLoader worker (pid" not in str(e):  # what is raised in a worker is another thing
+                if not is_worker_death(e):
                     raise
-                # raised wherever the main process was when the signal came
                 raise TrainingError(f"a worker that loads images has died ({shorten(e)}); {self._left()}") from e
             if accelerator.is_main_process:
                 self._finish()

@@ -173,7 +173,7 @@ FAULTS = [
         "SIGKILL to a process that loads images",
         ONE_LINE,
         accidents.worker_that_dies,
-        times=3,
+        times=12,
     ),
     Fault(
         "accidents",
