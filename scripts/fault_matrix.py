@@ -71,8 +71,8 @@ def summary(lines: Iterable[str]) -> str:
     counts = [(int(cells[3]), int(cells[5])) for cells in (line.split("|") for line in lines)]
     failed = [f for _, f in counts if f]
     return (
-        f"In all {sum(times for times, _ in counts)} faults in {len(counts)} rows; {sum(failed)} failed, "
-        f"in {len(failed)} of the rows."
+        f"In all {sum(times for times, _ in counts)} faults in {len(counts)} rows. In {len(failed)} of the rows "
+        f"something was seen that must not be, {sum(failed)} times."
     )
 
 

@@ -129,10 +129,12 @@ class IEBN2d(nn.BatchNorm2d):
         if missing and any(key.startswith(prefix) for key in state_dict):
             # not left to `strict`: a network that runs with untrained gates looks loaded
             remedy = (
-                "the checkpoint has norms without gates. To start IEBN from batch-norm weights, load them into the "
-                "batch-norm network and call timm_iebn.convert_bn_to_iebn. Missing:"
+                "the checkpoint has norms without their gates. To start IEBN from batch-norm weights, load them into "
+                "the batch-norm network and call timm_iebn.convert_bn_to_iebn."
             )
-            error_msgs += [line for line in (remedy, ", ".join(missing)) if line not in error_msgs]  # remedy said once
+            if remedy not in error_msgs:  # of other layers
+                error_msgs.append(remedy)
+            error_msgs.append(f"{' and '.join(missing)}: not in the checkpoint")
         elif missing:  # one text for all layers, so that Python shows it once; `strict` is always true here
             warnings.warn(
                 "the state dict lacks IEBN layers of this network, whose gates stay as they are", stacklevel=2

@@ -7,6 +7,7 @@ not of the number of workers. Nor does it depend on the number of processes, but
 import hashlib
 import random
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip, Resize
 
 from .data import Images, read_image
+from .messages import shorten
 from .recipe import Recipe, RecipeError
 
 
@@ -179,7 +181,7 @@ class _Reproducible(Dataset):
 
 
 class WorkerError(RuntimeError):
-    """A process that loads images has died at a moment when torch does not see it."""
+    """A process that loads images has broken off in the middle of a batch, and torch has not said that it died."""
 
 
 def is_worker_death(e: RuntimeError) -> bool:
@@ -238,8 +240,12 @@ class TimmLoader(Loader):
         except RecipeError as e:
             # the text holds the worker's traceback, and what holds e's own keeps the workers alive
             raise RecipeError(str(e.with_traceback(None)).rpartition("RecipeError: ")[2].strip()) from None
-        except (ConnectionError, EOFError) as e:
-            raise WorkerError(f"while it handed images over: {e}") from e
+        except (OSError, EOFError) as e:
+            if not self.workers or "Caught " in str(e):  # the last is how torch passes on what is raised in a worker
+                raise
+            time.sleep(1)  # torch hears of most deaths meanwhile, and raises here what it knows
+            said = f"{type(e.with_traceback(None)).__name__}: {shorten(e)}"
+            raise WorkerError(f"the DataLoader's worker no longer answers: {said}") from None
 
 
 def _test_transform(data_config: dict[str, Any]) -> Any:

@@ -241,9 +241,7 @@ class Trainer:
                 raise TrainingError(f"a worker that loads images has died ({shorten(e)}); {self._left()}") from e
             if accelerator.is_main_process:
                 self._finish()
-            # DistributedDataParallel goes before its process group: the last to hold it, it would keep the GIL while it
-            # waits for the group's threads, one of which may need it
-            (self.workload.model,) = accelerator.free_memory(self.workload.model)
+            self.workload.release()
             accelerator.end_training()
         return self.rows[-1]
 

@@ -53,10 +53,11 @@ def open_network(
 def _recipe(name: str, given: dict[str, str]) -> Recipe:
     """The part of a recipe that evaluation knows: the folder's own, changed by what is given."""
     if Path(name).is_dir() and not (Path(name) / "config.json").exists():
-        raise RecipeError(
-            f"model: {name!r} has no config.json, so it is no model folder. One whose name ends in .run is of an "
-            "unfinished training: train.py --resume goes on with it"
+        folder = Path(name).name
+        hint = (
+            f": an unfinished training; train.py --resume ends that of {folder[:-4]}" if folder.endswith(".run") else ""
         )
+        raise RecipeError(f"model: the folder {name!r} has no config.json, so it is no model folder{hint}")
     stored = Path(name) / "recipe.yaml"
     if stored.exists():
         before = load_recipe(stored)

@@ -1,5 +1,6 @@
 """What a run trains, made of its recipe: data, network and optimizer, and the state of these that checkpoints hold."""
 
+import gc
 from typing import Any
 
 import torch
@@ -78,6 +79,16 @@ class Workload:
     def result(self) -> nn.Module:
         """The network that is evaluated and saved."""
         return self.ema.module if self.ema else self.net
+
+    def release(self) -> None:
+        """Lets go of the network as accelerate wraps it, before the process group ends.
+
+        As the last to hold the group, DistributedDataParallel would keep the GIL while it waits for the group's
+        threads, one of which may need it: the process would hang.
+        """
+        self.model = None
+        self.accelerator.free_memory()
+        gc.collect()  # a compiled network refers to itself
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds of network, optimizer, loss scaler and averaged weights."""
