@@ -3,7 +3,8 @@
     python scripts/study.py zoo/studies/NAME [...] [--jobs 2] [--data-dir FOLDER]
 
 Several studies are worked on by turns, one seed of each after the other. Stopped at any moment, the same command goes
-on. Runs are made in output/studies/; what documents them goes to the study's folder as they end.
+on. Runs are made in output/studies/; what documents them goes to the study's folder as they end. A run whose
+recipe another study has made already is taken from there.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from threading import Lock
 from types import FrameType
 
 from timm_iebn.data import add_data_dir
-from timm_iebn.study import Run, Study, keep, load_study, write_report
+from timm_iebn.study import Run, Study, keep, load_study, same_run, write_report
 
 ROOT = Path(__file__).parents[1]
 
@@ -43,7 +44,12 @@ class Queue:
             return
         study, run = self.todo[place]
         folder = self.output / study.folder.name / run.name
-        print(f"{place + 1}/{len(self.todo)} {study.folder.name}: {run.name}", flush=True)
+        made = f"{place + 1}/{len(self.todo)} {study.folder.name}: {run.name}"
+        if same := same_run(study, run):
+            print(f"{made} is {same.parents[1].name}: {same.name}", flush=True)
+            keep(study, run, same)
+            return self.report(study)
+        print(made, flush=True)
         command = [sys.executable, ROOT / "scripts" / "train.py", "--recipe", study.recipe_path, "--resume"]
         command += ["--output", folder, *self.arguments, *run.overrides]
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -14,8 +14,8 @@ from training import ENVIRONMENT, SCRIPTS, started, wait_for
 import timm_iebn
 from timm_iebn.gates import collect_gates, freeze_gates, summary
 from timm_iebn.layers import NEUTRAL_GATE
-from timm_iebn.recipe import RecipeError
-from timm_iebn.study import RUN_FILES, keep, load_study, report
+from timm_iebn.recipe import RecipeError, load_recipe
+from timm_iebn.study import RUN_FILES, keep, load_study, report, same_run
 
 STUDIES = sorted(Path(__file__).parents[1].glob("zoo/studies/*/study.yaml"))
 RECIPE = "model: resnet20_cifar\ndata: digits\nepochs: 1\nmilestones: []\nbatch_size: 700\nlr: 0.01\n"
@@ -125,6 +125,26 @@ def test_the_runs_that_are_missing_are_made_and_no_others(tmp_path):
     assert before.count("(one seed)") == 2 and (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     again = make()
     assert again.stdout == "1/1 trial: plain.none.seed3\n" and (folder / "README.md").read_text() == before
+
+
+def test_a_run_that_another_study_has_made_is_taken_from_it(tmp_path):
+    first = load_study(write_study(tmp_path, seeds=[0], rows=dict(plain={})))
+    for run in first.runs:
+        add_log(first, run, 50)
+        made = first.folder / "runs" / run.name
+        (made / "recipe.yaml").write_text(load_recipe(first.recipe_path, run.overrides).to_yaml())
+        (made / "environment.txt").write_text("here")
+    folder = first.folder.rename(tmp_path / "first").with_name("trial")
+    write_study(tmp_path, seeds=[0], rows=dict(other=dict(lr=0.01)), networks=dict(a=STUDY["networks"]["IEBN"]))
+    command = [sys.executable, SCRIPTS / "study.py", folder, "--output", tmp_path / "output"]
+    result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600, cwd=tmp_path)
+    assert result.stdout == "1/1 trial: other.a.seed0 is first: plain.IEBN.seed0\n" and result.returncode == 0
+    assert not (tmp_path / "output").exists() and "| other | a | 50.00 (one seed)" in (folder / "README.md").read_text()
+    study = load_study(folder)
+    assert (folder / "runs" / study.runs[0].name / "environment.txt").read_text() == "here"
+    (changed,) = [r for r in load_study(first.folder.with_name("first")).runs if r.network == "IEBN"]
+    changed.overrides.append("lr=0.02")
+    assert same_run(study, changed) is None
 
 
 def test_a_stop_reaches_the_runs_and_the_same_command_goes_on(tmp_path):

@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import statistics
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from itertools import product
 from pathlib import Path
@@ -133,6 +134,16 @@ def keep(study: Study, run: Run, output: Path) -> None:
         shutil.rmtree(partial)
     else:
         partial.rename(folder)
+
+
+def same_run(study: Study, run: Run) -> Path | None:
+    """The folder of a run by the very recipe of `run` that this study or one beside it has kept, if there is one."""
+    recipe = load_recipe(study.recipe_path, run.overrides)
+    for path in sorted(study.folder.resolve().parent.glob("*/runs/*/recipe.yaml")):
+        with suppress(RecipeError):  # a damaged one is found by its own study
+            if path.parent.suffix != ".partial" and load_recipe(path) == recipe:
+                return path.parent
+    return None
 
 
 def write_report(study: Study) -> None:
