@@ -4,7 +4,7 @@
 
 Several studies are worked on by turns, one seed of each after the other. Stopped at any moment, the same command goes
 on. Runs are made in output/studies/; what documents them goes to the study's folder as they end. A run whose
-recipe another study has made already is taken from there.
+very recipe the zoo or another study has made already is taken from there.
 """
 
 import argparse

@@ -137,9 +137,9 @@ def keep(study: Study, run: Run, output: Path) -> None:
 
 
 def same_run(study: Study, run: Run) -> Path | None:
-    """The folder of a run by the very recipe of `run` that this study or one beside it has kept, if there is one."""
-    recipe = load_recipe(study.recipe_path, run.overrides)
-    for path in sorted(study.folder.resolve().parent.glob("*/runs/*/recipe.yaml")):
+    """The folder of a run by the very recipe of `run`, in a study beside this one or in the zoo that holds them."""
+    recipe, studies = load_recipe(study.recipe_path, run.overrides), study.folder.resolve().parent
+    for path in sorted([*studies.glob("*/runs/*/recipe.yaml"), *studies.parent.glob("*/recipe.yaml")]):
         with suppress(RecipeError):  # a damaged one is found by its own study
             if path.parent.suffix != ".partial" and load_recipe(path) == recipe:
                 return path.parent
