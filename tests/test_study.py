@@ -107,6 +107,18 @@ def test_a_study_that_can_not_be_made_is_refused(changes, message, tmp_path):
         load_study(write_study(tmp_path, **changes))
 
 
+def test_what_was_made_with_an_option_that_is_gone_stays_in_the_table(tmp_path):
+    folder = write_study(tmp_path, seeds=[0], rows=dict(gone={}))
+    study = load_study(folder)
+    changed = STUDY | dict(seeds=[0], rows=dict(gone=dict(decay_gates=False)))
+    (folder / "study.yaml").write_text(yaml.safe_dump(changed, sort_keys=False))
+    for top1, run in enumerate(study.runs, 50):
+        with pytest.raises(RecipeError, match="unknown key 'decay_gates'"):
+            load_study(folder)
+        add_log(study, run, top1)
+    assert "| gone | IEBN | 51.00 (one seed) | +1.00 |" in report(load_study(folder))
+
+
 def test_the_runs_that_are_missing_are_made_and_no_others(tmp_path):
     networks = dict(STUDY["networks"], none=dict(model="resnet21_cifar"))
     folder = write_study(tmp_path, seeds=[3], rows=dict(plain={}), networks=networks)

@@ -24,7 +24,6 @@ RICH = [
     "opt=adamw",
     "lr=0.002",
     "model_args={drop_rate: 0.1}",
-    "decay_gates=false",
     "noise_scale=0.9",
     "noise_offset=0.1",
     "mix_data=digits",

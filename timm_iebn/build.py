@@ -2,9 +2,7 @@
 
 import difflib
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
@@ -14,7 +12,6 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
-from .convert import GATES
 from .recipe import Recipe, RecipeError
 
 
@@ -71,13 +68,6 @@ def try_model(recipe: Recipe, net: nn.Module, input_size: Sequence[int], num_cla
         raise RecipeError(f"model: {recipe.model!r} with model_args {recipe.model_args} gives no logits: {list(shape)}")
 
 
-def _groups_without_decayed_gates(net: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    gates = [p for name, p in net.named_parameters() if name.endswith(GATES)]
-    others = [p for name, p in net.named_parameters() if not name.endswith(GATES)]
-    groups = dict(params=others, weight_decay=weight_decay), dict(params=gates, weight_decay=0.0)
-    return [group for group in groups if group["params"]]
-
-
 def create_optimizer(recipe: Recipe, net: nn.Module) -> torch.optim.Optimizer:
     """The optimizer of the recipe, for `net`.
 
@@ -86,8 +76,6 @@ def create_optimizer(recipe: Recipe, net: nn.Module) -> torch.optim.Optimizer:
     """
     args = dict(opt=recipe.opt, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
     args |= dict(filter_bias_and_bn=not recipe.decay_norms) | recipe.opt_args
-    if recipe.decay_norms and not recipe.decay_gates:
-        args |= dict(param_group_fn=partial(_groups_without_decayed_gates, weight_decay=recipe.weight_decay))
     try:
         # many find out in their first step only that they can't work here
         trial = nn.Linear(8, 8, device=next(net.parameters()).device)

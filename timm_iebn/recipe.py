@@ -74,7 +74,6 @@ class Recipe:
     opt_args: dict[str, Any] = field(default_factory=dict)  # further ones of timm's optimizer: betas, eps
     weight_decay: float = 1e-4
     decay_norms: bool = True  # weight decay on norms, biases and gates too, as the authors do and timm does not
-    decay_gates: bool = True  # where norms are decayed; false spares the gates alone
     clip_grad: float = 0.0  # largest norm of the gradient; 0 for no limit
     sched: str = "multistep"
     milestones: tuple[int, ...] = (81, 122)  # epochs after which multistep multiplies the rate by decay_rate

@@ -86,7 +86,8 @@ def load_study(folder: Path) -> Study:
     """The study in `folder`.
 
     Raises:
-        RecipeError: its study.yaml is not one, or some run has no possible recipe.
+        RecipeError: its study.yaml is not one, or some run to be made has no possible recipe.
+        ValueError: the log of a run is damaged.
     """
     try:
         values = parse_yaml((folder / "study.yaml").read_text(encoding="utf-8"))
@@ -97,7 +98,8 @@ def load_study(folder: Path) -> Study:
         keys = ", ".join(f.name for f in fields(Study)[1:])
         raise RecipeError(f"{folder / 'study.yaml'} is no study, which has the keys {keys}: {shorten(e)}") from e
     for run in runs:
-        load_recipe(study.recipe_path, run.overrides)
+        if study.log(run) is None:  # what was made needs no option that is gone since
+            load_recipe(study.recipe_path, run.overrides)
     return study
 
 

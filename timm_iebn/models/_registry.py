@@ -28,7 +28,7 @@ from timm.models import (
 from timm.models.efficientnet import EfficientNetFeatures
 from torch import Tensor, nn
 
-from ..convert import GATES, SHORTCUTS, convert_bn_to_iebn, warm_start_state_dict
+from ..convert import GATES, convert_bn_to_iebn, warm_start_state_dict
 from ..layers import IEBN2d
 from ..messages import shorten
 from ..zoo import WEIGHTS, HTTPError, check_download, check_weights
@@ -93,14 +93,13 @@ def build_with_cfg(model_cls: Callable[..., nn.Module], variant: str, pretrained
 def define_iebn_twin(module: str, twin: str, feature_cfg: dict[str, Any]) -> None:
     """Registers `{twin}_iebn`. Its cfgs must be in the `default_cfgs` of `module` already.
 
-    Besides the twin's arguments it takes two variants of the authors' network: `gate_shortcuts`, IEBN in the shortcuts
-    too; `neutral_gates`, which trains from scratch from the twin's function, as a warm start does.
+    Besides the twin's arguments it takes `neutral_gates`: it trains from scratch from the twin's function, as a warm
+    start does.
     """
     build_twin = model_entrypoint(twin)
 
-    def build_gated(gate_shortcuts: bool = False, neutral_gates: bool = False, **kwargs: Any) -> nn.Module:
-        leave = () if gate_shortcuts else SHORTCUTS
-        model = convert_bn_to_iebn(build_twin(pretrained=False, **kwargs), warm_start=neutral_gates, leave=leave)
+    def build_gated(neutral_gates: bool = False, **kwargs: Any) -> nn.Module:
+        model = convert_bn_to_iebn(build_twin(pretrained=False, **kwargs), warm_start=neutral_gates)
         if not any(isinstance(m, IEBN2d) for m in model.modules()):
             raise ValueError(f"{twin}_iebn with {kwargs} has no batch norm that IEBN could replace")
         return fuse_blocks(model)
