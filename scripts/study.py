@@ -44,12 +44,12 @@ class Queue:
             return
         study, run = self.todo[place]
         folder = self.output / study.folder.name / run.name
-        made = f"{place + 1}/{len(self.todo)} {study.folder.name}: {run.name}"
+        line = f"{place + 1}/{len(self.todo)} {study.folder.name}: {run.name}"
         if same := same_run(study, run):
-            print(f"{made} is {same.parents[1].name}: {same.name}", flush=True)
+            print(f"{line} is {same}", flush=True)
             keep(study, run, same)
             return self.report(study)
-        print(made, flush=True)
+        print(line, flush=True)
         command = [sys.executable, ROOT / "scripts" / "train.py", "--recipe", study.recipe_path, "--resume"]
         command += ["--output", folder, *self.arguments, *run.overrides]
         folder.parent.mkdir(parents=True, exist_ok=True)

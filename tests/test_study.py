@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from training import ENVIRONMENT, SCRIPTS, started, wait_for
 import timm_iebn
 from timm_iebn.gates import collect_gates, freeze_gates, summary
 from timm_iebn.layers import NEUTRAL_GATE
-from timm_iebn.recipe import RecipeError, load_recipe
+from timm_iebn.recipe import Recipe, RecipeError, load_recipe
 from timm_iebn.study import RUN_FILES, keep, load_study, report, same_run
 
 STUDIES = sorted(Path(__file__).parents[1].glob("zoo/studies/*/study.yaml"))
@@ -83,8 +84,9 @@ def test_a_log_without_the_columns_is_named(tmp_path):
     add_log(study, study.runs[0], 1.0)
     log = study.folder / "runs" / study.runs[0].name / "log.csv"
     log.write_text("epoch,loss\n1,1\n")
-    with pytest.raises(ValueError, match="log.csv is damaged: it has not the columns test_top1"):
-        report(study)
+    for refused in (report, lambda study: load_study(study.folder)):
+        with pytest.raises(ValueError, match="log.csv is damaged: it has not the columns test_top1"):
+            refused(study)
 
 
 @pytest.mark.parametrize(
@@ -139,24 +141,41 @@ def test_the_runs_that_are_missing_are_made_and_no_others(tmp_path):
     assert again.stdout == "1/1 trial: plain.none.seed3\n" and (folder / "README.md").read_text() == before
 
 
-def test_a_run_that_another_study_has_made_is_taken_from_it(tmp_path):
-    first = load_study(write_study(tmp_path, seeds=[0], rows=dict(plain={})))
-    for run in first.runs:
-        add_log(first, run, 50)
-        made = first.folder / "runs" / run.name
-        (made / "recipe.yaml").write_text(load_recipe(first.recipe_path, run.overrides).to_yaml())
-        (made / "environment.txt").write_text("here")
-    folder = first.folder.rename(tmp_path / "first").with_name("trial")
-    write_study(tmp_path, seeds=[0], rows=dict(other=dict(lr=0.01)), networks=dict(a=STUDY["networks"]["IEBN"]))
+def write_run(folder, recipe, epochs=1):
+    folder.mkdir(parents=True)
+    (folder / "recipe.yaml").write_text(recipe.to_yaml())
+    (folder / "environment.txt").write_text("here")
+    (folder / "log.csv").write_text("epoch,test_top1\n" + "".join(f"{n + 1},50.0\n" for n in range(epochs)))
+
+
+@pytest.mark.parametrize("place", ["studies/other/runs/plain.seed0", "resnet20_cifar.digits_seed0"])
+def test_a_run_that_another_study_or_the_zoo_has_made_is_taken_from_there(place, tmp_path):
+    (tmp_path / "studies").mkdir()
+    folder = write_study(tmp_path / "studies", seeds=[0], rows=dict(plain={}), networks=dict(a=dict(epochs=1)))
+    write_run(tmp_path / place, load_recipe(tmp_path / "studies" / "recipe.yaml"))
     command = [sys.executable, SCRIPTS / "study.py", folder, "--output", tmp_path / "output"]
     result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600, cwd=tmp_path)
-    assert result.stdout == "1/1 trial: other.a.seed0 is first: plain.IEBN.seed0\n" and result.returncode == 0
-    assert not (tmp_path / "output").exists() and "| other | a | 50.00 (one seed)" in (folder / "README.md").read_text()
-    study = load_study(folder)
-    assert (folder / "runs" / study.runs[0].name / "environment.txt").read_text() == "here"
-    (changed,) = [r for r in load_study(first.folder.with_name("first")).runs if r.network == "IEBN"]
-    changed.overrides.append("lr=0.02")
-    assert same_run(study, changed) is None
+    assert result.stdout == f"1/1 trial: plain.a.seed0 is {tmp_path / place}\n" and result.returncode == 0
+    assert not (tmp_path / "output").exists() and "| plain | a | 50.00 (one seed)" in (folder / "README.md").read_text()
+    assert (folder / "runs" / "plain.a.seed0" / "environment.txt").read_text() == "here"
+
+
+def test_no_run_is_taken_that_is_another_or_is_not_whole(tmp_path):
+    study = load_study(write_study(tmp_path, rows=dict(plain=dict(epochs=2))))
+    run, other_seed = study.runs[0], study.runs[2]
+    recipe, runs = load_recipe(study.recipe_path, run.overrides), tmp_path / "other" / "runs"
+    assert same_run(study, run) is None  # though the study's recipe is beside it
+    write_run(runs / "other_seed", load_recipe(study.recipe_path, other_seed.overrides), epochs=2)
+    write_run(runs / "short", recipe)
+    write_run(runs / "being_copied.partial", recipe, epochs=2)
+    write_run(runs / "without_log", recipe)
+    (runs / "without_log" / "log.csv").unlink()
+    write_run(runs / "damaged", recipe, epochs=2)
+    with open(runs / "damaged" / "recipe.yaml", "a") as file:
+        file.write("option_that_is_gone: true\n")
+    assert same_run(study, run) is None
+    write_run(runs / "whole", recipe, epochs=2)
+    assert same_run(study, run) == runs / "whole"
 
 
 def test_a_stop_reaches_the_runs_and_the_same_command_goes_on(tmp_path):
@@ -178,10 +197,13 @@ def test_every_log_of_the_zoos_studies_is_of_the_recipe_that_the_study_says(path
     made = [run for run in study.runs if study.log(run)]
     assert {p.name for p in path.parent.glob("runs/*")} == {run.name for run in made}
     for run in made:
-        said = yaml.safe_load((path.parent / "runs" / run.name / "recipe.yaml").read_text())
+        kept = path.parent / "runs" / run.name / "recipe.yaml"
+        said = yaml.safe_load(kept.read_text())
         wanted = dict(override.split("=", 1) for override in run.overrides)
         assert all(said[key] == yaml.safe_load(value) for key, value in wanted.items())
         assert len(study.log(run)) == said["epochs"]
+        if said.keys() <= {f.name for f in fields(Recipe)}:  # some were made with options that are gone since
+            assert load_recipe(kept) == load_recipe(study.recipe_path, run.overrides)
 
 
 # ---- gates

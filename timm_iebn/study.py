@@ -87,7 +87,7 @@ def load_study(folder: Path) -> Study:
 
     Raises:
         RecipeError: its study.yaml is not one, or some run to be made has no possible recipe.
-        ValueError: the log of a run is damaged.
+        ValueError: the log of a run is damaged; the message names it.
     """
     try:
         values = parse_yaml((folder / "study.yaml").read_text(encoding="utf-8"))
@@ -141,10 +141,12 @@ def keep(study: Study, run: Run, output: Path) -> None:
 def same_run(study: Study, run: Run) -> Path | None:
     """The folder of a run by the very recipe of `run`, in a study beside this one or in the zoo that holds them."""
     recipe, studies = load_recipe(study.recipe_path, run.overrides), study.folder.resolve().parent
-    for path in sorted([*studies.glob("*/runs/*/recipe.yaml"), *studies.parent.glob("*/recipe.yaml")]):
-        with suppress(RecipeError):  # a damaged one is found by its own study
-            if path.parent.suffix != ".partial" and load_recipe(path) == recipe:
-                return path.parent
+    for folder in sorted([*studies.glob("*/runs/*"), *studies.parent.glob("*")]):
+        if folder.suffix == ".partial" or not all((folder / name).exists() for name in RUN_FILES):
+            continue
+        with suppress(ValueError):  # damaged, or with an option that is gone since
+            if load_recipe(folder / "recipe.yaml") == recipe and len(read_log(folder / "log.csv")) == recipe.epochs:
+                return folder
     return None
 
 
@@ -168,6 +170,9 @@ def report(study: Study) -> str:
             cells += [mean_and_spread([*last.values()]), "" if network == baseline else paired_difference(last, base)]
         lines.append(f"| {row} | {network} | {' | '.join(cells)} |")
     made = sum(study.log(run) is not None for run in study.runs)
+    rest = (
+        f" The rest:\n\n    python scripts/study.py zoo/studies/{study.folder.name}" if made < len(study.runs) else ""
+    )
     return f"""\
 <!-- written by scripts/study.py -->
 # {study.title}
@@ -176,9 +181,7 @@ def report(study: Study) -> str:
 
 Figures are those of the last epoch: mean and standard deviation over seeds; differences are those of runs of one seed,
 with their 95 % confidence interval. {made} of {len(study.runs)} runs are made; each one's recipe, log and versions
-are in `runs/`. The rest, or all of them again:
-
-    python scripts/study.py zoo/studies/{study.folder.name}
+are in `runs/`.{rest}
 
 {chr(10).join(lines)}
 

@@ -93,8 +93,8 @@ def build_with_cfg(model_cls: Callable[..., nn.Module], variant: str, pretrained
 def define_iebn_twin(module: str, twin: str, feature_cfg: dict[str, Any]) -> None:
     """Registers `{twin}_iebn`. Its cfgs must be in the `default_cfgs` of `module` already.
 
-    Besides the twin's arguments it takes `neutral_gates`: it trains from scratch from the twin's function, as a warm
-    start does.
+    Besides the twin's arguments it takes `neutral_gates`, with which a training from scratch starts from the twin's
+    function, as a warm start does.
     """
     build_twin = model_entrypoint(twin)
 
