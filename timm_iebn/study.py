@@ -170,9 +170,8 @@ def report(study: Study) -> str:
             cells += [mean_and_spread([*last.values()]), "" if network == baseline else paired_difference(last, base)]
         lines.append(f"| {row} | {network} | {' | '.join(cells)} |")
     made = sum(study.log(run) is not None for run in study.runs)
-    rest = (
-        f" The rest:\n\n    python scripts/study.py zoo/studies/{study.folder.name}" if made < len(study.runs) else ""
-    )
+    command = f"python scripts/study.py zoo/studies/{study.folder.name}"
+    rest = f" The rest:\n\n    {command}" if made < len(study.runs) else ""
     return f"""\
 <!-- written by scripts/study.py -->
 # {study.title}
