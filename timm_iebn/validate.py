@@ -52,17 +52,16 @@ def open_network(
 
 def _recipe(name: str, given: dict[str, str]) -> Recipe:
     """The part of a recipe that evaluation knows: the folder's own, changed by what is given."""
-    if Path(name).is_dir() and not (Path(name) / "config.json").exists():
-        folder = Path(name).name
-        hint = (
-            f": an unfinished training; train.py --resume ends that of {folder[:-4]}" if folder.endswith(".run") else ""
-        )
+    folder = Path(name)
+    if folder.is_dir() and not (folder / "config.json").exists():
+        is_run = folder.suffix == ".run"
+        hint = f": an unfinished training; train.py --resume ends that of {folder.stem}" if is_run else ""
         raise RecipeError(f"model: the folder {name!r} has no config.json, so it is no model folder{hint}")
-    stored = Path(name) / "recipe.yaml"
+    stored = folder / "recipe.yaml"
     if stored.exists():
         before = load_recipe(stored)
         given = {k: getattr(before, k) for k in ("data", "test_split", "loader", "channels_last")} | given
-    elif ":" not in name and not Path(name).is_dir() and not timm.is_model(name):
+    elif ":" not in name and not folder.is_dir() and not timm.is_model(name):
         raise RecipeError(f"model: {name!r} is neither a folder nor a registered name{suggestion(name)}")
     if "data" not in given:
         raise RecipeError("data: say which data with --data")
