@@ -64,6 +64,21 @@ def test_the_table_says_what_the_last_epochs_of_the_logs_say(tmp_path):
     assert "| scale 0.5, offset 0.5 | batch norm | - |  |" in text and "5 of 8 runs are made" in text
 
 
+def test_conditions_are_compared_with_the_control_and_small_figures_are_shown(tmp_path):
+    study = load_study(write_study(tmp_path, control="plain"))
+    noisy = "scale 0.5, offset 0.5"
+    top1 = {("plain", "batch norm"): (0.0502, 0.0514), (noisy, "batch norm"): (0.0402, 0.0412)}
+    top1 |= {("plain", "IEBN"): (0.0521, 0.0531), (noisy, "IEBN"): (0.0501,)}
+    for run in study.runs:
+        if run.seed < len(found := top1[run.row, run.network]):
+            add_log(study, run, found[run.seed])
+    results, changes = report(study).split("What has changed from plain, with the same norm:")
+    assert "| plain | batch norm | 0.0508 ± 0.0008 (2 seeds) |  |" in results
+    assert f"| {noisy} | IEBN | 0.0501 (one seed) | +0.0099 |" in results
+    assert f"| {noisy} | batch norm | -0.0101 [-0.0114, -0.0088] |  |" in changes
+    assert f"| {noisy} | IEBN | -0.0020 | +0.0080 |" in changes and "| plain |" not in changes
+
+
 def test_what_a_study_has_kept_stays(tmp_path):
     study = load_study(write_study(tmp_path))
     (run, *_) = study.runs
@@ -101,6 +116,7 @@ def test_a_log_without_the_columns_is_named(tmp_path):
         (dict(seeds=["0"]), "seeds should be a list of whole numbers"),
         (dict(columns=["test_top1"]), "columns should be"),
         (dict(title=None), "title should be text"),
+        (dict(control="plane"), "control should be one of the rows, is 'plane'"),
     ],
     ids=str,
 )

@@ -25,14 +25,14 @@ _PAPER = {("resnet164_cifar", "cifar100"): (74.29, 77.09)}
 Sides = tuple[dict[int, Path], ...]  # model folders by seed, for each of `NORMS`
 
 
-def mean_and_spread(values: Sequence[float]) -> str:
-    """Mean, standard deviation and number of `values`."""
+def mean_and_spread(values: Sequence[float], places: int = 2) -> str:
+    """Mean, standard deviation and number of `values`, to so many decimal places."""
     if len(values) < 2:
-        return f"{values[0]:.2f} (one seed)" if values else "-"
-    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} ({len(values)} seeds)"
+        return f"{values[0]:.{places}f} (one seed)" if values else "-"
+    return f"{statistics.mean(values):.{places}f} ± {statistics.stdev(values):.{places}f} ({len(values)} seeds)"
 
 
-def paired_difference(ours: dict[int, float], baseline: dict[int, float]) -> str:
+def paired_difference(ours: dict[int, float], baseline: dict[int, float], places: int = 2) -> str:
     """The mean difference of runs of one seed, and its 95 % confidence interval by Student's t."""
     seeds = sorted(ours.keys() & baseline.keys())
     differences = [ours[s] - baseline[s] for s in seeds]
@@ -40,9 +40,9 @@ def paired_difference(ours: dict[int, float], baseline: dict[int, float]) -> str
         return "-"
     mean = statistics.mean(differences)
     if len(seeds) < 2:
-        return f"{mean:+.2f}"
+        return f"{mean:+.{places}f}"
     half = t.ppf(0.975, len(seeds) - 1) * statistics.stdev(differences) / len(seeds) ** 0.5
-    return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
+    return f"{mean:+.{places}f} [{mean - half:+.{places}f}, {mean + half:+.{places}f}]"
 
 
 @dataclass

@@ -5,12 +5,14 @@ is written from these: a table and curves.
 """
 
 import json
+import math
 import re
 import shutil
 import statistics
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, fields
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,7 @@ class Study:
     seeds: list[int]
     rows: dict[str, dict[str, Any]]  # conditions: further overrides by name
     columns: dict[str, str]  # of the log, with what they are called
+    control: str = ""  # the row, if any, from which the others are changes that each network may bear or not
 
     @property
     def recipe_path(self) -> Path:
@@ -80,6 +83,21 @@ class Study:
         """The logs of the runs made of `row` and `network`, by seed."""
         found = {run.seed: self.log(run) for run in self.runs if (run.row, run.network) == (row, network)}
         return {seed: log for seed, log in found.items() if log}
+
+    def results(self, row: str, network: str, column: str) -> dict[int, float]:
+        """The last epoch's `column` of the runs made of `row` and `network`, by seed."""
+        return {seed: log[-1][column] for seed, log in self.logs(row, network).items()}
+
+    def changes(self, row: str, network: str, column: str) -> dict[int, float]:
+        """How the results of `row` differ from those of the control, by seed."""
+        there, here = (self.results(r, network, column) for r in (row, self.control))
+        return {seed: there[seed] - here[seed] for seed in there.keys() & here.keys()}
+
+    def places(self, column: str) -> int:
+        """As many decimal places as show three digits of the column's largest result, at least two."""
+        results = [self.results(row, network, column).values() for row, network in product(self.rows, self.networks)]
+        largest = max(map(abs, chain(*results)), default=0.0)
+        return max(2, 2 - math.floor(math.log10(largest))) if largest else 2
 
 
 def load_study(folder: Path) -> Study:
@@ -118,6 +136,7 @@ def _check_types(study: Study) -> None:
         "seeds": ("a list of whole numbers", lambda v: isinstance(v, list) and v and all(type(s) is int for s in v)),
         "rows": (changes, lambda v: _is_mapping(v, dict)),
         "columns": ("a mapping of columns to what they are called", lambda v: _is_mapping(v, str)),
+        "control": ("one of the rows", lambda v: not v or v in study.rows),
     }
     for name, (what, is_right) in wanted.items():
         if not is_right(value := getattr(study, name)):
@@ -159,16 +178,25 @@ def write_report(study: Study) -> None:
 def report(study: Study) -> str:
     """The study's README.md: what it asks, and what its logs say."""
     baseline, *_ = study.networks
-    head = [f"{name} | against {baseline}" for name in study.columns.values()]
-    lines = [f"| | Norm | {' | '.join(head)} |", f"|---|---|{'---|---|' * len(head)}"]
-    for row, network in product(study.rows, study.networks):
-        cells = []
-        for column in study.columns:
-            last, base = (
-                {seed: log[-1][column] for seed, log in study.logs(row, n).items()} for n in (network, baseline)
-            )
-            cells += [mean_and_spread([*last.values()]), "" if network == baseline else paired_difference(last, base)]
-        lines.append(f"| {row} | {network} | {' | '.join(cells)} |")
+
+    def result(row: str, network: str, column: str) -> list[str]:
+        """What was found, and how it differs from the baseline's."""
+        ours, base = (study.results(row, n, column) for n in (network, baseline))
+        places = study.places(column)
+        return [mean_and_spread([*ours.values()], places), paired_difference(ours, base, places)]
+
+    def change(row: str, network: str, column: str) -> list[str]:
+        """How what was found differs from the control's, and how this change differs from the baseline's."""
+        there, here = (study.results(r, network, column) for r in (row, study.control))
+        ours, base = (study.changes(row, n, column) for n in (network, baseline))
+        places = study.places(column)
+        return [paired_difference(there, here, places), paired_difference(ours, base, places)]
+
+    tables = _table(study, [*study.rows], f"against {baseline}", result)
+    if study.control:
+        others = [row for row in study.rows if row != study.control]
+        changes = _table(study, others, f"against {baseline}'s change", change)
+        tables += f"\n\nWhat has changed from {study.control}, with the same norm:\n\n{changes}"
     made = sum(study.log(run) is not None for run in study.runs)
     command = f"python scripts/study.py zoo/studies/{study.folder.name}"
     rest = f" The rest:\n\n    {command}" if made < len(study.runs) else ""
@@ -182,10 +210,22 @@ Figures are those of the last epoch: mean and standard deviation over seeds; dif
 with their 95 % confidence interval. {made} of {len(study.runs)} runs are made; each one's recipe, log and versions
 are in `runs/`.{rest}
 
-{chr(10).join(lines)}
+{tables}
 
 ![Curves](curves.png)
 """
+
+
+def _table(study: Study, rows: list[str], against: str, cells: Callable[[str, str, str], list[str]]) -> str:
+    """In Markdown: for each network in each of `rows` a line, of two `cells` for each column."""
+    head = [f"{name} | {against}" for name in study.columns.values()]
+    lines = [f"| | Norm | {' | '.join(head)} |", f"|---|---|{'---|---|' * len(head)}"]
+    baseline, *_ = study.networks
+    for row, network in product(rows, study.networks):
+        found = [cells(row, network, column) for column in study.columns]
+        line = [f"{ours} | {'' if network == baseline else difference}" for ours, difference in found]
+        lines.append(f"| {row} | {network} | {' | '.join(line)} |")
+    return "\n".join(lines)
 
 
 def plot_study(study: Study, path: Path) -> None:
