@@ -178,19 +178,18 @@ def write_report(study: Study) -> None:
 def report(study: Study) -> str:
     """The study's README.md: what it asks, and what its logs say."""
     baseline, *_ = study.networks
+    places = {column: study.places(column) for column in study.columns}  # once: each reads all logs
 
     def result(row: str, network: str, column: str) -> list[str]:
         """What was found, and how it differs from the baseline's."""
         ours, base = (study.results(row, n, column) for n in (network, baseline))
-        places = study.places(column)
-        return [mean_and_spread([*ours.values()], places), paired_difference(ours, base, places)]
+        return [mean_and_spread([*ours.values()], places[column]), paired_difference(ours, base, places[column])]
 
     def change(row: str, network: str, column: str) -> list[str]:
         """How what was found differs from the control's, and how this change differs from the baseline's."""
         there, here = (study.results(r, network, column) for r in (row, study.control))
         ours, base = (study.changes(row, n, column) for n in (network, baseline))
-        places = study.places(column)
-        return [paired_difference(there, here, places), paired_difference(ours, base, places)]
+        return [paired_difference(*pair, places[column]) for pair in ((there, here), (ours, base))]
 
     tables = _table(study, [*study.rows], f"against {baseline}", result)
     if study.control:
