@@ -164,7 +164,7 @@ def test_an_impossible_attack_is_refused_before_anything_is_written(changes, mes
 
 
 def test_the_noise_is_evaluated_too(tmp_path):
-    noise = dict(noise_scale=0.5, noise_offset=0.5, batch_size=48, batch_noise_images=56)
+    noise = dict(noise_scale=0.5, noise_offset=0.5, batch_size=48, batch_noise_images=80)
     trainer = Trainer(recipe(**noise), tmp_path / "out")
     row = trainer.fit()
     net = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
@@ -179,26 +179,69 @@ def test_the_noise_is_evaluated_too(tmp_path):
 # ---- batch noise
 
 
+def feature_and_gradient(net, batch, label):
+    """Of the first image of `batch`."""
+    loss = torch.nn.functional.cross_entropy(net(batch)[:1], label)
+    gradient = torch.autograd.grad(loss, list(net.parameters()))
+    return net.global_pool(net.forward_features(batch))[0].detach(), torch.cat([g.flatten() for g in gradient])
+
+
 def test_batch_noise_is_that_of_the_definition_and_leaves_the_network_alone():
     net = randomize(timm.create_model("resnet20_cifar_iebn", num_classes=5)).double()
     images, labels = torch.randn(12, 3, 32, 32, dtype=torch.float64), torch.randint(5, (12,))
     state = {k: v.clone() for k, v in net.state_dict().items()}
-    found = batch_noise(net, images, labels, anchors=1, draws=3, batch_size=4, seed=7)
+    found = batch_noise(net, images, labels, anchors=3, batch_size=4, seed=7)
     assert all(torch.equal(net.state_dict()[k], v) for k, v in state.items())
-    generator, features, gradients = torch.Generator().manual_seed(7), [], []
-    for _ in range(3):
-        company = 1 + torch.randperm(11, generator=generator)[:3]
-        batch = torch.cat([images[:1], images[company]])
-        features.append(net.global_pool(net.forward_features(batch))[0].detach())
-        loss = torch.nn.functional.cross_entropy(net(batch)[:1], labels[:1])
-        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(net.parameters()))]))
-    for name, draws in dict(feature_noise=features, gradient_noise=gradients).items():
-        draws = torch.stack(draws)
-        expected = draws.var(0, correction=0).sum() / draws.mean(0).square().sum()
-        assert found[name] == pytest.approx(expected.item(), rel=1e-6)
+    generator, sums = torch.Generator().manual_seed(7), torch.zeros(2, 2, dtype=torch.float64)
+    for anchor in range(3):
+        draws = []
+        for _ in range(2):
+            company = torch.randint(3, 12, (3,), generator=generator)
+            batch = torch.cat([images[anchor, None], images[company]])
+            draws.append(feature_and_gradient(net, batch, labels[anchor, None]))
+        for i, (first, second) in enumerate(zip(*draws, strict=True)):
+            sums[i] += torch.stack([(first - second).square().sum() / 2, first @ second])
+    assert list(found.values()) == pytest.approx((sums[:, 0] / sums[:, 1]).tolist(), rel=1e-6)
+
+
+class OneNorm(torch.nn.Module):
+    """The least network of timm's kind."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.fc = torch.nn.BatchNorm2d(3, dtype=torch.float64), torch.nn.Linear(3, 5, dtype=torch.float64)
+
+    def forward_features(self, x):
+        return self.norm(x)
+
+    def forward_head(self, x, pre_logits=False):
+        return x.relu().mean((2, 3)) if pre_logits else self.fc(self.forward_head(x, pre_logits=True))
+
+    def global_pool(self, x):
+        return self.forward_head(x, pre_logits=True)
+
+    def get_classifier(self):
+        return self.fc
+
+    def forward(self, x):
+        return self.forward_head(self.forward_features(x))
+
+
+@pytest.mark.parametrize("spread", [0.1, 4.0])
+def test_batch_noise_is_the_variance_over_all_company_by_the_squared_mean_whatever_its_size(spread):
+    net, label = OneNorm(), torch.tensor([2])
+    anchor, company = torch.randn(1, 3, 4, 4, dtype=torch.float64), torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    company = anchor + spread * (company + 1)
+    images = torch.cat([anchor.expand(3000, -1, -1, -1), company])
+    found = batch_noise(net, images, label.expand(3002), anchors=3000, batch_size=2)
+    each = [feature_and_gradient(net, torch.cat([anchor, other[None]]), label) for other in company]
+    for noise, draws in zip(found.values(), zip(*each, strict=True), strict=True):
+        mean = torch.stack(draws).mean(0)
+        exact = ((draws[0] - mean).square().sum() / mean.square().sum()).item()
+        assert noise == pytest.approx(exact, rel=0.1)
 
 
 def test_a_network_that_sees_no_batch_has_no_batch_noise():
     net = timm_iebn.freeze_batch_norm_2d(randomize(timm.create_model("resnet20_cifar", num_classes=5)))
-    found = batch_noise(net, torch.randn(20, 3, 32, 32), torch.randint(5, (20,)), anchors=2, draws=3, batch_size=8)
+    found = batch_noise(net, torch.randn(20, 3, 32, 32), torch.randint(5, (20,)), anchors=2, batch_size=8)
     assert found["feature_noise"] < 1e-9 and found["gradient_noise"] < 1e-9

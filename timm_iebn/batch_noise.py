@@ -9,13 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-ANCHORS = 8
-
-
-def _spread(draws: Tensor) -> float:
-    """Of vectors (draws, size): the mean squared distance from their mean, as a share of the mean's square."""
-    mean = draws.mean(0)
-    return ((draws - mean).square().sum(1).mean() / mean.square().sum()).item()
+ANCHORS = 32
 
 
 def check_size(images: int, anchors: int, batch_size: int) -> None:
@@ -29,15 +23,16 @@ def batch_noise(
     images: Tensor,
     labels: Tensor,
     anchors: int = ANCHORS,
-    draws: int = 8,
     batch_size: int = 128,
     seed: int = 0,
 ) -> dict[str, float]:
     """The batch noise of `model` in training mode, whose state stays as it is.
 
-    Each of the first `anchors` images is put into `draws` batches whose other images are drawn from the rest. An
-    image's noise is the variance of what is found over the draws, as a share of the squared mean: of its features (what
-    goes into the classifier), and of the gradient of its own loss by all weights.
+    Each of the first `anchors` images, an anchor, is put into two batches whose other images are drawn from the rest,
+    with replacement. Noise is the variance over such batches of the anchor's features (what goes into the classifier)
+    and of the gradient of its own loss by all weights, as a share of the squared mean: both summed over the anchors.
+    Half the squared distance of two draws estimates the variance, and their inner product the squared mean, without
+    bias by how few they are; so noise of any size, and of batches of any size, can be compared.
 
     Args:
         model: a network of timm's.
@@ -45,7 +40,7 @@ def batch_noise(
         labels: (N,).
 
     Returns:
-        `feature_noise` and `gradient_noise`: medians over the anchors.
+        `feature_noise` and `gradient_noise`.
 
     Raises:
         ValueError: there are too few images.
@@ -54,17 +49,19 @@ def batch_noise(
     model = copy.deepcopy(model).train()  # whose running statistics may move
     parameters = [p for p in model.parameters() if p.requires_grad]
     generator = torch.Generator().manual_seed(seed)
-    found: list[tuple[float, float]] = []
+
+    def draw(anchor: int) -> tuple[Tensor, Tensor]:
+        """The features of an anchor, and its gradient, in new company."""
+        others = torch.randint(anchors, len(images), (batch_size - 1,), generator=generator)
+        batch = images[torch.cat([torch.tensor([anchor]), others]).to(images.device)]
+        feature = model.forward_head(model.forward_features(batch), pre_logits=True)
+        loss = F.cross_entropy(model.get_classifier()(feature)[:1], labels[anchor, None])
+        gradient = torch.autograd.grad(loss, parameters)
+        return feature[0].detach().double(), torch.cat([g.flatten() for g in gradient]).double()
+
+    sums = torch.zeros(2, 2, dtype=torch.float64)  # of features and gradient: variance, squared mean
     for anchor in range(anchors):
-        features, gradients = [], []
-        for _ in range(draws):
-            others = anchors + torch.randperm(len(images) - anchors, generator=generator)[: batch_size - 1]
-            batch = images[torch.cat([torch.tensor([anchor]), others]).to(images.device)]
-            feature = model.forward_head(model.forward_features(batch), pre_logits=True)
-            loss = F.cross_entropy(model.get_classifier()(feature)[:1], labels[anchor, None])
-            gradient = torch.autograd.grad(loss, parameters)
-            features.append(feature[0].detach().double())
-            gradients.append(torch.cat([g.flatten() for g in gradient]).double())
-        found.append((_spread(torch.stack(features)), _spread(torch.stack(gradients))))
-    feature_noise, gradient_noise = torch.tensor(found).median(0).values.tolist()
+        for found, first, second in zip(sums, draw(anchor), draw(anchor), strict=True):
+            found += torch.stack([(first - second).square().sum() / 2, first.dot(second)]).cpu()
+    feature_noise, gradient_noise = (sums[:, 0] / sums[:, 1]).tolist()
     return dict(feature_noise=feature_noise, gradient_noise=gradient_noise)
