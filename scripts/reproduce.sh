@@ -9,7 +9,8 @@
 #   MODELS="resnet20_cifar" SEEDS=0 scripts/reproduce.sh epochs=1 milestones=[]     one short pass
 #
 # Finished runs are left alone, so that the same command goes on after a stop. Results are in OUTPUT (default: output/),
-# with what each run said in MODEL-seedN.log. It calls the active environment's python; paths count from the repository.
+# with what each run said in MODEL-seedN.log; their table is printed at the end. It calls the active environment's
+# python; paths count from the repository.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 models=${MODELS:-resnet164_cifar resnet20_cifar resnet56_cifar resnet110_cifar preresnet164_cifar mobilenetv2_cifar \
@@ -35,3 +36,4 @@ for seed in ${SEEDS:-0 1 2}; do
         done
     done
 done | xargs -P "${JOBS:-1}" -L 1 bash -c 'set -euo pipefail; run "${@: -2}" "${@:1:$#-2}"' run "$@"
+python scripts/update_zoo.py --table "$OUTPUT"

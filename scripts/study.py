@@ -1,10 +1,11 @@
 """Makes the runs of a study that are missing, and writes its table and curves.
 
-    python scripts/study.py zoo/studies/NAME [...] [--jobs 2] [--data-dir FOLDER]
+    python scripts/study.py zoo/studies/NAME [...] [--jobs 2] [--data-dir FOLDER] [--again FOLDER]
 
 Several studies are worked on by turns, one seed of each after the other. Stopped at any moment, the same command goes
 on. Runs are made in output/studies/; what documents them goes to the study's folder as they end. A run whose
 very recipe the zoo or another study has made already is taken from there.
+With --again nothing is: all runs are made, and kept with the table and curves in FOLDER/NAME.
 """
 
 import argparse
@@ -35,7 +36,7 @@ class Queue:
 
     def _stop(self, signum: int, _: FrameType | None) -> None:
         self.signum = signum
-        for process in self.processes:  # which leave a checkpoint; what Ctrl-C has told them already is the same
+        for process in list(self.processes):  # which leave a checkpoint; what Ctrl-C has told them already is the same
             process.send_signal(signum)
 
     def make(self, place: int) -> None:
@@ -81,11 +82,12 @@ def main() -> int:
     parser.add_argument("studies", nargs="+", type=Path)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--output", type=Path, default=Path("output") / "studies")
+    parser.add_argument("--again", type=Path, metavar="FOLDER", help="make all runs anew, and keep them there")
     add_data_dir(parser)
     parser.add_argument("--mix-data-dir", default="", help="for scripts/train.py")
     args = parser.parse_args()
     try:
-        studies = [load_study(folder) for folder in args.studies]
+        studies = [load_study(folder, args.again) for folder in args.studies]
         todo = [(study, run) for study in studies for run in study.runs if study.log(run) is None]
     except ValueError as e:  # RecipeError too
         print(f"study.py: {e}", file=sys.stderr)

@@ -3,9 +3,10 @@ the plot.
 
 To add a trained network, copy the trainer's output folder to zoo/ and run this.
 
-    python scripts/update_zoo.py [--check]
+    python scripts/update_zoo.py [--check | --table FOLDER]
 
-With --check nothing is written; the exit status is 1 if something is out of line.
+With --check nothing is written; the exit status is 1 if something is out of line. With --table nothing is either: the
+table of the model folders in FOLDER, output/ say, is printed.
 """
 
 import argparse
@@ -86,8 +87,13 @@ def load_studies(zoo: Path) -> list[Study]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
-    is_check = parser.parse_args().check
+    parser.add_argument("--table", type=Path, metavar="FOLDER")
+    args = parser.parse_args()
+    is_check = args.check
     try:
+        if args.table:
+            print(results_table(args.table), end="")
+            return 0
         # two at once would write into each other's files
         with nullcontext() if is_check else FileLock(ROOT / "zoo" / ".lock", timeout=300):
             return update(is_check)

@@ -166,14 +166,17 @@ def test_a_loss_that_bursts_in_one_process_ends_all_with_its_batch_and_rate(tmp_
     assert result.stderr.count(f"epoch 1, batch 3, learning rate {rate}; no checkpoint yet") == 2
 
 
-def test_other_data_is_not_gone_on_with(tmp_path):
-    folder, args = tmp_path / "out", ["data=folder", "batch_size=8", "epochs=50", "--checkpoint-updates", "1"]
+@pytest.mark.parametrize("option", ["--data-dir", "--mix-data-dir"])
+def test_other_data_is_not_gone_on_with(option, tmp_path):
     for name in ("one", "other"):
         image_folder(tmp_path / name, 20, size=32)
-    with started("--output", folder, "--data-dir", tmp_path / "one", *args) as process:
+    args = ["--data-dir", tmp_path / "one", "--mix-data-dir", tmp_path / "one", "--checkpoint-updates", "1"]
+    args += ["data=folder", "batch_size=8", "epochs=50", "mix_data=folder", "mix_images=4"]
+    folder = tmp_path / "out"
+    with started("--output", folder, *args) as process:
         wait_for("0*.safetensors", folder.with_name("out.run"), process)
-    result = run("--output", folder, "--data-dir", tmp_path / "other", "--resume", *args, cwd=tmp_path)
-    assert result.returncode == 2 and "was trained on other images than these, see --data-dir" in result.stderr
+    result = run("--output", folder, "--resume", *args, option, tmp_path / "other", cwd=tmp_path)
+    assert result.returncode == 2 and f"was trained on other images than these, see {option}" in result.stderr
 
 
 def test_a_finished_run_is_only_reported(uninterrupted, tmp_path):

@@ -65,7 +65,8 @@ def test_the_table_says_what_the_last_epochs_of_the_logs_say(tmp_path):
 
 
 def test_conditions_are_compared_with_the_control_and_small_figures_are_shown(tmp_path):
-    study = load_study(write_study(tmp_path, control="plain"))
+    columns = dict(test_top1="top-1, %", epoch="epochs")
+    study = load_study(write_study(tmp_path, control="plain", columns=columns))
     noisy = "scale 0.5, offset 0.5"
     top1 = {("plain", "batch norm"): (0.0502, 0.0514), (noisy, "batch norm"): (0.0402, 0.0412)}
     top1 |= {("plain", "IEBN"): (0.0521, 0.0531), (noisy, "IEBN"): (0.0501,)}
@@ -73,10 +74,21 @@ def test_conditions_are_compared_with_the_control_and_small_figures_are_shown(tm
         if run.seed < len(found := top1[run.row, run.network]):
             add_log(study, run, found[run.seed])
     results, changes = report(study).split("What has changed from plain, with the same norm:")
-    assert "| plain | batch norm | 0.0508 ± 0.0008 (2 seeds) |  |" in results
-    assert f"| {noisy} | IEBN | 0.0501 (one seed) | +0.0099 |" in results
-    assert f"| {noisy} | batch norm | -0.0101 [-0.0114, -0.0088] |  |" in changes
-    assert f"| {noisy} | IEBN | -0.0020 | +0.0080 |" in changes and "| plain |" not in changes
+    assert "| plain | batch norm | 0.0508 ± 0.0008 (2 seeds) |  | 2.00 ± 0.00 (2 seeds) |  |\n" in results
+    assert f"| {noisy} | IEBN | 0.0501 (one seed) | +0.0099 | 2.00 (one seed) | +0.00 |\n" in results
+    assert f"| {noisy} | batch norm | -0.0101 [-0.0114, -0.0088] |  |\n" in changes
+    assert f"| {noisy} | IEBN | -0.0020 | +0.0080 |\n" in changes and "| plain |" not in changes
+
+
+def test_a_run_without_noise_counts_as_one_with_none(tmp_path):
+    study = load_study(write_study(tmp_path, seeds=[0], columns=dict(test_top1_with_noise="with the noise")))
+    plain, _, noisy, _ = study.runs
+    add_log(study, plain, 50)
+    assert "| plain | batch norm | 50.00 (one seed) |  |" in report(study)
+    add_log(study, noisy, 40)
+    log = study.folder / "runs" / noisy.name / "log.csv"
+    log.write_text("epoch,test_top1,test_top1_with_noise\n1,20,40\n")
+    assert "| scale 0.5, offset 0.5 | batch norm | 40.00 (one seed) |  |" in report(study)
 
 
 def test_what_a_study_has_kept_stays(tmp_path):
@@ -100,7 +112,7 @@ def test_a_log_without_the_columns_is_named(tmp_path):
     log = study.folder / "runs" / study.runs[0].name / "log.csv"
     log.write_text("epoch,loss\n1,1\n")
     for refused in (report, lambda study: load_study(study.folder)):
-        with pytest.raises(ValueError, match="log.csv is damaged: it has not the columns test_top1"):
+        with pytest.raises(ValueError, match="log.csv lacks one of the study's columns, test_top1"):
             refused(study)
 
 
@@ -117,6 +129,9 @@ def test_a_log_without_the_columns_is_named(tmp_path):
         (dict(columns=["test_top1"]), "columns should be"),
         (dict(title=None), "title should be text"),
         (dict(control="plane"), "control should be one of the rows, is 'plane'"),
+        (dict(rows={"wide": dict(model="resnet56_cifar")}), "row 'wide' and network 'batch norm' both set model"),
+        (dict(rows={"+0.5": {}, "-0.5": dict(lr=0.1)}), "2 runs would share the folder _0.5.batch_norm.seed0"),
+        (dict(seeds=[1, 1]), "2 runs would share the folder plain.batch_norm.seed1"),
     ],
     ids=str,
 )
@@ -157,6 +172,27 @@ def test_the_runs_that_are_missing_are_made_and_no_others(tmp_path):
     assert again.stdout == "1/1 trial: plain.none.seed3\n" and (folder / "README.md").read_text() == before
 
 
+def test_again_makes_all_runs_anew_elsewhere(tmp_path):
+    (tmp_path / "studies").mkdir()
+    folder = write_study(tmp_path / "studies", seeds=[3], rows=dict(plain={}))
+    study = load_study(folder)
+    for run in study.runs:
+        write_run(folder / "runs" / run.name, load_recipe(study.recipe_path, run.overrides))
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    command = [sys.executable, SCRIPTS / "study.py", folder, "--output", tmp_path / "output"]
+    again = [*command, "--again", tmp_path / "again"]
+    result = subprocess.run(again, env=ENVIRONMENT, capture_output=True, text=True, timeout=600, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "1/2 trial: plain.batch_norm.seed3\n2/2 trial: plain.IEBN.seed3\n"
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    made = load_study(folder, tmp_path / "again")
+    assert all(made.log(run)[-1]["test_loss"] > 0 for run in made.runs)
+    text = (tmp_path / "again" / "trial" / "README.md").read_text()
+    assert "2 of 2 runs are made" in text and text.count("(one seed)") == 2
+    (made.folder / "runs" / "plain.IEBN.seed3" / "log.csv").unlink()
+    assert f"study.py zoo/studies/trial --again {tmp_path / 'again'}" in report(made)
+
+
 def write_run(folder, recipe, epochs=1):
     folder.mkdir(parents=True)
     (folder / "recipe.yaml").write_text(recipe.to_yaml())
@@ -195,16 +231,20 @@ def test_no_run_is_taken_that_is_another_or_is_not_whole(tmp_path):
 
 
 def test_a_stop_reaches_the_runs_and_the_same_command_goes_on(tmp_path):
-    folder = write_study(tmp_path, seeds=[0], rows=dict(plain=dict(epochs=40)))
-    arguments = [folder, "--output", tmp_path / "output"]
+    folder = write_study(tmp_path, seeds=[0], rows=dict(plain=dict(epochs=6)))
+    output = tmp_path / "output" / "trial"
+    arguments = [folder, "--output", output.parent]
     with started(*arguments, script="study.py") as process:
-        wait_for("trial/plain.batch_norm.seed0.run/0*.safetensors", tmp_path / "output", process)
+        wait_for("plain.batch_norm.seed0.run/0*.safetensors", output, process)
         process.terminate()
         assert process.wait(120) == 143
         assert "the same command goes on" in process.stderr.read()
-    said = (tmp_path / "output" / "trial" / "plain.batch_norm.seed0.txt").read_text()
-    assert "stopped by SIGTERM" in said and not (folder / "runs").exists()
-    assert not (tmp_path / "output" / "trial" / "plain.IEBN.seed0.txt").exists()
+    log = output / "plain.batch_norm.seed0.txt"
+    assert "stopped by SIGTERM" in log.read_text() and not (folder / "runs").exists()
+    assert not (output / "plain.IEBN.seed0.txt").exists()
+    with started(*arguments, script="study.py") as process:
+        assert process.wait(300) == 0
+    assert "going on from" in log.read_text() and len(list(folder.glob("runs/*/log.csv"))) == 2
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.parent.name)

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import subprocess
 import weakref
 from dataclasses import replace
 from importlib.metadata import version
@@ -19,7 +20,7 @@ from training import ENVIRONMENT, SHORT, image_folder, log, run, weights
 from timm_iebn.data import Images
 from timm_iebn.evaluate import evaluate
 from timm_iebn.loaders import MemoryLoader, Share
-from timm_iebn.model_folder import read_log, save_weights
+from timm_iebn.model_folder import commit_of, read_log, save_weights
 from timm_iebn.recipe import Recipe, RecipeError, load_recipe
 from timm_iebn.train import Trainer, TrainingError
 
@@ -44,6 +45,24 @@ def test_the_default_writes_a_complete_model_folder(trained):
     assert "epoch   3/3" in output and output.count(" is ") >= 8
     assert f'"hf-hub:timm-iebn/{folder.name}"' in (folder / "README.md").read_text()
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_commit_that_made_a_run_is_found_where_there_is_one(tmp_path):
+    def git(*args):
+        command = ["git", "-C", tmp_path, "-c", "user.name=me", "-c", "user.email=me@example.org", *args]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    package, other = tmp_path / "package", tmp_path / "other"
+    for folder in (package, other):
+        folder.mkdir()
+        (folder / "code.py").write_text("x = 1")
+    assert commit_of(package) == ""
+    git("init", "-q")
+    git("add", "package")
+    git("commit", "-qm", "one")
+    assert commit_of(other) == "" and commit_of(package) == f"  # commit {git('log', '-1', '--format=%h')}"
+    (package / "code.py").write_text("x = 2")
+    assert commit_of(package).endswith(", with changes")
 
 
 def test_validate_agrees_with_the_log_to_the_last_digit(trained):

@@ -11,7 +11,7 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .data import load_images
+from .data import fingerprint, load_images
 from .layers import IEBN2d, IEBNAct2d, SyncBatchNorm2d, SyncBatchNormAct2d, sync_batch_norm
 from .loaders import Share, make_generator
 from .ops.activations import ACTIVATIONS
@@ -111,7 +111,8 @@ class Strangers:
         if recipe.mix_images % parts:
             raise RecipeError(f"mix_images: {recipe.mix_images} can't be shared by {parts} (processes x parts)")
         other = Recipe(recipe.model, recipe.mix_data, epochs=1, milestones=())  # what decides here is the data's name
-        images = load_images(other, "train", data_dir).images
+        split = load_images(other, "train", data_dir)
+        self.data, images = fingerprint(split, []), split.images
         if images.shape[1] not in (1, size[0]):
             raise RecipeError(f"mix_data: {recipe.mix_data!r} has images of {images.shape[1]} channels, not {size[0]}")
         if images.shape[2:] != size[1:]:

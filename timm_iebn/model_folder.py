@@ -6,6 +6,7 @@ import io
 import json
 import platform
 import shutil
+import subprocess
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -95,9 +96,27 @@ def _write_files(
     device = next(model.parameters()).device
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     about = f"# {date.today()}, Python {platform.python_version()}, {platform.system()}, {device.type}: {machine}"
-    versions = [f"timm-iebn=={__version__}", *(f"{name}=={version(name)}" for name in _PACKAGES)]
+    versions = [
+        f"timm-iebn=={__version__}{commit_of(Path(__file__).parent)}",
+        *(f"{name}=={version(name)}" for name in _PACKAGES),
+    ]
     (folder / "environment.txt").write_text("\n".join([about, *versions]) + "\n")
     (folder / "README.md").write_text(str(make_card(folder)), encoding="utf-8")
+
+
+def commit_of(folder: Path) -> str:
+    """As a comment: the last commit that changed `folder`, and whether it is changed; empty if it is not in git."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", folder, *arguments, "--", "."]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        commit = git("log", "-1", "--format=%h")  # nothing, where it is installed in somebody else's repository
+        changes = ", with changes" if commit and git("status", "--porcelain") else ""
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return f"  # commit {commit}{changes}" if commit else ""
 
 
 def _training(recipe: Recipe, row: dict[str, Any], source: str | None) -> dict[str, Any]:

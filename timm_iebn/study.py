@@ -9,9 +9,10 @@ import math
 import re
 import shutil
 import statistics
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import chain, product
 from pathlib import Path
 from typing import Any
@@ -75,8 +76,11 @@ class Study:
         if not path.exists():
             return None
         rows = read_log(path)
+        for row in rows:
+            if "test_top1" in row:  # without noise there is one evaluation
+                row.setdefault("test_top1_with_noise", row["test_top1"])
         if not rows or not self.columns.keys() <= rows[0].keys():
-            raise ValueError(f"{path} is damaged: it has not the columns {', '.join(self.columns)}")
+            raise ValueError(f"{path} lacks one of the study's columns, {', '.join(self.columns)}: move its run away")
         return rows
 
     def logs(self, row: str, network: str) -> dict[int, list[dict[str, float]]]:
@@ -100,8 +104,8 @@ class Study:
         return max(2, 2 - math.floor(math.log10(largest))) if largest else 2
 
 
-def load_study(folder: Path) -> Study:
-    """The study in `folder`.
+def load_study(folder: Path, again: Path | None = None) -> Study:
+    """The study in `folder`; to be made `again` in a folder of its name there, if given.
 
     Raises:
         RecipeError: its study.yaml is not one, or some run to be made has no possible recipe.
@@ -110,12 +114,13 @@ def load_study(folder: Path) -> Study:
     try:
         values = parse_yaml((folder / "study.yaml").read_text(encoding="utf-8"))
         study = Study(folder=folder, **values)
-        _check_types(study)
-        runs = study.runs
-    except (OSError, TypeError, UnicodeDecodeError, yaml.YAMLError) as e:
+        _check(study)
+        if again:
+            study = replace(study, folder=again / folder.resolve().name, recipe=str(study.recipe_path.resolve()))
+    except (OSError, TypeError, ValueError, yaml.YAMLError) as e:
         keys = ", ".join(f.name for f in fields(Study)[1:])
         raise RecipeError(f"{folder / 'study.yaml'} is no study, which has the keys {keys}: {shorten(e)}") from e
-    for run in runs:
+    for run in study.runs:
         if study.log(run) is None:  # what was made needs no option that is gone since
             load_recipe(study.recipe_path, run.overrides)
     return study
@@ -126,7 +131,8 @@ def _is_mapping(value: Any, kind: type) -> bool:
     return bool(value) and names and all(isinstance(v, kind) for v in value.values())
 
 
-def _check_types(study: Study) -> None:
+def _check(study: Study) -> None:
+    """Raises TypeError or ValueError: a value is of another type, or runs can't be told apart or compared."""
     changes = "a mapping of names to changes of the recipe"
     wanted = {
         "title": ("text", lambda v: isinstance(v, str)),
@@ -141,6 +147,12 @@ def _check_types(study: Study) -> None:
     for name, (what, is_right) in wanted.items():
         if not is_right(value := getattr(study, name)):
             raise TypeError(f"{name} should be {what}, is {value!r}")
+    for (row, condition), (network, own) in product(study.rows.items(), study.networks.items()):
+        if both := condition.keys() & own.keys():  # one would win, and the networks differ in what they have in common
+            raise ValueError(f"row {row!r} and network {network!r} both set {', '.join(sorted(both))}")
+    name, count = Counter(run.name for run in study.runs).most_common(1)[0]
+    if count > 1:
+        raise ValueError(f"{count} runs would share the folder {name}: give seeds, rows and networks other names")
 
 
 def keep(study: Study, run: Run, output: Path) -> None:
@@ -178,6 +190,7 @@ def write_report(study: Study) -> None:
 def report(study: Study) -> str:
     """The study's README.md: what it asks, and what its logs say."""
     baseline, *_ = study.networks
+    first, *_ = study.columns
     places = {column: study.places(column) for column in study.columns}  # once: each reads all logs
 
     def result(row: str, network: str, column: str) -> list[str]:
@@ -191,13 +204,14 @@ def report(study: Study) -> str:
         ours, base = (study.changes(row, n, column) for n in (network, baseline))
         return [paired_difference(*pair, places[column]) for pair in ((there, here), (ours, base))]
 
-    tables = _table(study, [*study.rows], f"against {baseline}", result)
+    tables = _table(study, [*study.rows], [*study.columns], f"against {baseline}", result)
     if study.control:
         others = [row for row in study.rows if row != study.control]
-        changes = _table(study, others, f"against {baseline}'s change", change)
+        changes = _table(study, others, [first], f"against {baseline}'s change", change)
         tables += f"\n\nWhat has changed from {study.control}, with the same norm:\n\n{changes}"
     made = sum(study.log(run) is not None for run in study.runs)
-    command = f"python scripts/study.py zoo/studies/{study.folder.name}"
+    again = "" if (study.folder / "study.yaml").exists() else f" --again {study.folder.parent}"
+    command = f"python scripts/study.py zoo/studies/{study.folder.name}{again}"
     rest = f" The rest:\n\n    {command}" if made < len(study.runs) else ""
     return f"""\
 <!-- written by scripts/study.py -->
@@ -215,13 +229,15 @@ are in `runs/`.{rest}
 """
 
 
-def _table(study: Study, rows: list[str], against: str, cells: Callable[[str, str, str], list[str]]) -> str:
-    """In Markdown: for each network in each of `rows` a line, of two `cells` for each column."""
-    head = [f"{name} | {against}" for name in study.columns.values()]
+def _table(
+    study: Study, rows: list[str], columns: list[str], against: str, cells: Callable[[str, str, str], list[str]]
+) -> str:
+    """In Markdown: for each network in each of `rows` a line, of two `cells` for each of `columns`."""
+    head = [f"{study.columns[column]} | {against}" for column in columns]
     lines = [f"| | Norm | {' | '.join(head)} |", f"|---|---|{'---|---|' * len(head)}"]
     baseline, *_ = study.networks
     for row, network in product(rows, study.networks):
-        found = [cells(row, network, column) for column in study.columns]
+        found = [cells(row, network, column) for column in columns]
         line = [f"{ours} | {'' if network == baseline else difference}" for ours, difference in found]
         lines.append(f"| {row} | {network} | {' | '.join(line)} |")
     return "\n".join(lines)

@@ -137,8 +137,9 @@ class Trainer:
             raise CheckpointError(f"can't go on from {self.last_checkpoint}: {type(e).__name__}: {shorten(e)}") from e
 
     def _take_up(self, state: dict[str, Any]) -> None:
-        if state["data"] != self.workload.data:
-            raise RecipeError(f"data: {self.last_checkpoint} was trained on other images than these, see --data-dir")
+        for option, seen in state["data"].items():
+            if seen != self.workload.data[option]:
+                raise RecipeError(f"{self.last_checkpoint} was trained on other images than these, see {option}")
         self.epoch, self.step, self.rows = state["epoch"], state["step"], state["rows"]
         if self.accelerator.is_main_process:
             self.sums[:3] = state["sums"].to(self.sums)

@@ -38,9 +38,7 @@ class Workload:
         self.accelerator = accelerator
         check_model(recipe)
         train_split, test_split, self.classes = open_data(recipe, data_dir)
-        self.data = fingerprint(train_split, self.classes)
-        if self.data != on_main(lambda: self.data):
-            raise RecipeError("data: this process sees other images than the main one, see --data-dir")
+        self.data = {"--data-dir": fingerprint(train_split, self.classes)}  # by the option that says where it is
         in_chans = train_split.images.shape[1] if isinstance(train_split, Images) else 3
         net = create_model(recipe, len(self.classes), in_chans)
         if recipe.batch_noise_images and accelerator.num_processes > 1:
@@ -59,7 +57,12 @@ class Workload:
         self.net = net.to(accelerator.device, memory_format=layout)
         try_model(recipe, net, self.data_config["input_size"], len(self.classes))
         size = self.data_config["input_size"]
-        self.strangers = Strangers(recipe, share, size, mix_data_dir) if recipe.mix_data else None
+        self.strangers = None
+        if recipe.mix_data:
+            self.strangers = Strangers(recipe, share, size, mix_data_dir)
+            self.data["--mix-data-dir"] = self.strangers.data
+        if self.data != on_main(lambda: self.data):
+            raise RecipeError(f"data: this process sees other images than the main one, see {' and '.join(self.data)}")
         self.noise_images = None
         if count := recipe.batch_noise_images:
             try:
