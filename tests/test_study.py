@@ -1,5 +1,6 @@
 """Studies: their runs, made and continued, and what is written from their logs; and the gates of a trained network."""
 
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -10,7 +11,7 @@ import timm
 import torch
 import yaml
 from conftest import randomize
-from training import ENVIRONMENT, SCRIPTS, started, wait_for
+from training import ENVIRONMENT, SCRIPTS, log, started, wait_for
 
 import timm_iebn
 from timm_iebn.gates import collect_gates, freeze_gates, summary
@@ -307,7 +308,9 @@ def test_the_script_shows_what_gates_are_worth(tmp_path, uninterrupted):
     command = [sys.executable, SCRIPTS / "gates.py", uninterrupted, "--output", tmp_path / "found"]
     result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert "with every gate frozen at its mean" in result.stdout and "| layer3.2.bn2 |" in result.stdout
+    assert "Every gate frozen at its mean" in result.stdout and "| layer3.2.bn2 |" in result.stdout
+    trained, _ = re.search(r"running statistics as trained \| ([\d.]+) \| ([\d.]+)", result.stdout).groups()
+    assert float(trained) == pytest.approx(float(log(uninterrupted)[-1]["test_top1"]), abs=0.01)
     assert (tmp_path / "found.md").exists() and (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -29,7 +29,8 @@ _TWIN = (
     "The {} twin of `{{model}}_iebn`, trained by the same recipe to compare [IEBN](https://arxiv.org/abs/1908.04008) "
     "with."
 )
-_TWINS = [_TWIN.format(norm) for norm in ("batch-norm", "", "squeeze-and-excitation")]
+_NEUTRAL = f"{_IEBN} Here all gates started neutral, so that training started from batch norm's function."
+_ABOUT = (_TWIN.format("batch-norm"), _IEBN, _TWIN.format("squeeze-and-excitation"), _NEUTRAL)  # by norm
 
 _CITATION = """\
 @article{liang2019iebn,
@@ -102,7 +103,7 @@ def make_card(folder: Path, comparison: Comparison | None = None, source: str = 
         card_data,
         template_path=str(TEMPLATE),
         title=f"{model}{', fine-tuned' if recipe.pretrained else ''} on {data.rpartition('/')[2]}",
-        about=_IEBN if side == 1 else _TWINS[side].format(model=twin) if timm.is_model(f"{twin}_iebn") else "",
+        about=_ABOUT[side].format(model=twin) if side in (1, 3) or timm.is_model(f"{twin}_iebn") else "",
         sides=sides,
         paper=any(comparison.paper),
         top1=training["test_top1"],

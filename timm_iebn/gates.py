@@ -53,8 +53,8 @@ def _class_means(gates: Tensor, labels: Tensor) -> Tensor:
 
 
 def summary(gates: dict[str, Tensor], labels: Tensor) -> list[dict[str, Any]]:
-    """For each layer: mean and percentiles of the gates; `spread`, the standard deviation over the images of a channel;
-    and `class_share`, how much of that variance lies between the classes.
+    """For each layer: mean and percentiles of the gates; `spread`, the standard deviation over the images of a channel,
+    on the mean of the channels; and `class_share`, how much of that variance lies between the classes.
     """
     rows = []
     for name, layer in gates.items():

@@ -16,8 +16,9 @@ from .recipe import Recipe, load_recipe
 from .safe_yaml import parse_yaml
 from .zoo import model_folders, read_config, speeds_of
 
-NORMS = ("batch norm", "IEBN", "squeeze-and-excitation")  # the last one behind batch norm
-_SUFFIXES = ("", "_iebn", "_se")  # of the networks' names
+NORMS = ("batch norm", "IEBN", "squeeze-and-excitation", "IEBN, neutral gates")  # the third one behind batch norm
+_SUFFIXES = ("", "_iebn", "_se", "_iebn")  # of the networks' names
+_COLORS = ("tab:gray", "tab:blue", "tab:orange", "tab:cyan")
 
 # arXiv 1908.04008: batch norm, IEBN
 _PAPER = {("resnet164_cifar", "cifar100"): (74.29, 77.09)}
@@ -64,7 +65,7 @@ class Comparison:
     def paper(self) -> tuple[float | None, ...]:
         """What the paper reports for each side, in percent."""
         found = None if self.recipe.pretrained else _PAPER.get((self.recipe.model, self.data))
-        return (*(found or (None, None)), None)
+        return (*(found or (None, None)), None, None)
 
     def config(self, side: int) -> dict[str, Any]:
         """The config.json of a run of that side."""
@@ -91,10 +92,12 @@ def compare(folders: Iterable[Path]) -> list[Comparison]:
     rows: dict[str, Sides] = defaultdict(lambda: tuple({} for _ in NORMS))  # by the recipe without norm and seed
     for folder in folders:
         recipe, model = load_recipe(folder / "recipe.yaml"), read_config(folder)["architecture"]
-        model_args = {k: v for k, v in recipe.model_args.items() if k != "norm_layer"}
+        model_args = {k: v for k, v in recipe.model_args.items() if k not in ("norm_layer", "neutral_gates")}
         side = next((i for i, suffix in enumerate(_SUFFIXES) if i and model.endswith(suffix)), 0)
         if str(recipe.model_args.get("norm_layer")).startswith("iebn"):
             side = 1
+        if side == 1 and recipe.model_args.get("neutral_gates"):
+            side = 3
         key = replace(recipe, model=model.removesuffix(_SUFFIXES[side]), model_args=model_args, seed=0).to_yaml()
         runs = rows[key][side]
         if recipe.seed in runs:
@@ -157,16 +160,16 @@ def plot_results(zoo: Path, path: Path) -> None:
 
 def _plot_data(rows: list[Comparison], axes: Axes) -> None:
     for row in rows:
-        for side, (norm, color) in enumerate(zip(NORMS, ("tab:gray", "tab:blue", "tab:orange"), strict=True)):
+        for side, (norm, mark, color) in enumerate(zip(NORMS, "os^D", _COLORS, strict=True)):
             if top1 := [*row.top1(side).values()]:
                 bar = statistics.stdev(top1) if len(top1) > 1 else None
                 # side by side, or one bar would hide another
                 at = row.config(side)["macs"] / 1e6 * 1.02 ** (side - 0.5), statistics.mean(top1)
-                axes.errorbar(*at, yerr=bar, fmt="os^"[side], color=color, capsize=3, label=norm)
+                axes.errorbar(*at, yerr=bar, fmt=mark, color=color, capsize=3, label=norm)
         note = f"{row.name}\n{row.recipe.epochs} epochs"
         axes.annotate(note, at, xytext=(8, -14), textcoords="offset points", annotation_clip=False)
     axes.set_xscale("log")
-    costs = {round(row.config(i)["macs"] / 1e6) for row in rows for i in range(3) if row.sides[i]}
+    costs = {round(row.config(i)["macs"] / 1e6) for row in rows for i in range(len(NORMS)) if row.sides[i]}
     if costs:
         axes.set_xlim(min(costs) / 1.4, max(costs) * 1.4)
     axes.xaxis.set_minor_locator(NullLocator())
