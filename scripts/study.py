@@ -5,7 +5,7 @@
 Several studies are worked on by turns, one seed of each after the other. Stopped at any moment, the same command goes
 on. Runs are made in output/studies/; what documents them goes to the study's folder as they end. A run whose
 very recipe the zoo or another study has made already is taken from there.
-With --again nothing is: all runs are made, and kept with the table and curves in FOLDER/NAME.
+With --again no run that the repository holds is: they are made anew, and kept with the table and curves in FOLDER/NAME.
 """
 
 import argparse

@@ -86,17 +86,17 @@ def load_studies(zoo: Path) -> list[Study]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true")
-    parser.add_argument("--table", type=Path, metavar="FOLDER")
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument("--check", action="store_true")
+    modes.add_argument("--table", type=Path, metavar="FOLDER")
     args = parser.parse_args()
-    is_check = args.check
     try:
         if args.table:
             print(results_table(args.table), end="")
             return 0
         # two at once would write into each other's files
-        with nullcontext() if is_check else FileLock(ROOT / "zoo" / ".lock", timeout=300):
-            return update(is_check)
+        with nullcontext() if args.check else FileLock(ROOT / "zoo" / ".lock", timeout=300):
+            return update(args.check)
     except (RuntimeError, ValueError, OSError) as e:  # RecipeError and CheckpointError too
         sys.exit(f"update_zoo.py: {e}")
 

@@ -1,8 +1,6 @@
 """Studies: their runs, made and continued, and what is written from their logs; and the gates of a trained network."""
 
 import re
-import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -11,11 +9,13 @@ import timm
 import torch
 import yaml
 from conftest import randomize
-from training import ENVIRONMENT, SCRIPTS, log, started, wait_for
+from training import run as run_script
+from training import started, wait_for
 
 import timm_iebn
 from timm_iebn.gates import collect_gates, freeze_gates, summary
 from timm_iebn.layers import NEUTRAL_GATE
+from timm_iebn.model_folder import read_log
 from timm_iebn.recipe import Recipe, RecipeError, load_recipe
 from timm_iebn.study import RUN_FILES, keep, load_study, report, same_run
 
@@ -156,10 +156,9 @@ def test_what_was_made_with_an_option_that_is_gone_stays_in_the_table(tmp_path):
 def test_the_runs_that_are_missing_are_made_and_no_others(tmp_path):
     networks = dict(STUDY["networks"], none=dict(model="resnet21_cifar"))
     folder = write_study(tmp_path, seeds=[3], rows=dict(plain={}), networks=networks)
-    command = [sys.executable, SCRIPTS / "study.py", folder, "--output", tmp_path / "output", "--jobs", "2"]
 
     def make():
-        return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600, cwd=tmp_path)
+        return run_script(folder, "--output", tmp_path / "output", "--jobs", "2", cwd=tmp_path, script="study.py")
 
     result = make()
     assert result.returncode == 1 and "plain.none.seed3 stopped: see" in result.stderr
@@ -180,9 +179,8 @@ def test_again_makes_all_runs_anew_elsewhere(tmp_path):
     for run in study.runs:
         write_run(folder / "runs" / run.name, load_recipe(study.recipe_path, run.overrides))
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    command = [sys.executable, SCRIPTS / "study.py", folder, "--output", tmp_path / "output"]
-    again = [*command, "--again", tmp_path / "again"]
-    result = subprocess.run(again, env=ENVIRONMENT, capture_output=True, text=True, timeout=600, cwd=tmp_path)
+    again = [folder, "--output", tmp_path / "output", "--again", tmp_path / "again"]
+    result = run_script(*again, cwd=tmp_path, script="study.py")
     assert result.returncode == 0, result.stderr
     assert result.stdout == "1/2 trial: plain.batch_norm.seed3\n2/2 trial: plain.IEBN.seed3\n"
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -206,8 +204,7 @@ def test_a_run_that_another_study_or_the_zoo_has_made_is_taken_from_there(place,
     (tmp_path / "studies").mkdir()
     folder = write_study(tmp_path / "studies", seeds=[0], rows=dict(plain={}), networks=dict(a=dict(epochs=1)))
     write_run(tmp_path / place, load_recipe(tmp_path / "studies" / "recipe.yaml"))
-    command = [sys.executable, SCRIPTS / "study.py", folder, "--output", tmp_path / "output"]
-    result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600, cwd=tmp_path)
+    result = run_script(folder, "--output", tmp_path / "output", cwd=tmp_path, script="study.py")
     assert result.stdout == f"1/1 trial: plain.a.seed0 is {tmp_path / place}\n" and result.returncode == 0
     assert not (tmp_path / "output").exists() and "| plain | a | 50.00 (one seed)" in (folder / "README.md").read_text()
     assert (folder / "runs" / "plain.a.seed0" / "environment.txt").read_text() == "here"
@@ -305,12 +302,11 @@ def test_the_summary_tells_images_and_classes_apart():
 
 
 def test_the_script_shows_what_gates_are_worth(tmp_path, uninterrupted):
-    command = [sys.executable, SCRIPTS / "gates.py", uninterrupted, "--output", tmp_path / "found"]
-    result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600, cwd=tmp_path)
+    result = run_script(uninterrupted, "--output", tmp_path / "found", cwd=tmp_path, script="gates.py")
     assert result.returncode == 0, result.stderr
     assert "Every gate frozen at its mean" in result.stdout and "| layer3.2.bn2 |" in result.stdout
     trained, _ = re.search(r"running statistics as trained \| ([\d.]+) \| ([\d.]+)", result.stdout).groups()
-    assert float(trained) == pytest.approx(float(log(uninterrupted)[-1]["test_top1"]), abs=0.01)
+    assert float(trained) == pytest.approx(read_log(uninterrupted / "log.csv")[-1]["test_top1"], abs=0.01)
     assert (tmp_path / "found.md").exists() and (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -88,7 +88,7 @@ def make_card(folder: Path, comparison: Comparison | None = None, source: str = 
             notes += [f"Of {path.name} in the table: {note}" for note in read_config(path)["training"].get("notes", ())]
     sides = [
         dict(
-            norm=f"**{norm}**" if i == side else norm,
+            norm=f"**{norm.name}**" if i == side else norm.name,
             parameters=count(comparison.config(i)["parameters"]),
             macs=count(comparison.config(i)["macs"]),
             top1=comparison.mean(i),
@@ -103,7 +103,7 @@ def make_card(folder: Path, comparison: Comparison | None = None, source: str = 
         card_data,
         template_path=str(TEMPLATE),
         title=f"{model}{', fine-tuned' if recipe.pretrained else ''} on {data.rpartition('/')[2]}",
-        about=_ABOUT[side].format(model=twin) if side in (1, 3) or timm.is_model(f"{twin}_iebn") else "",
+        about=_ABOUT[side].format(model=twin) if NORMS[side].is_iebn or timm.is_model(f"{twin}_iebn") else "",
         sides=sides,
         paper=any(comparison.paper),
         top1=training["test_top1"],

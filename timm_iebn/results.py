@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -16,9 +16,26 @@ from .recipe import Recipe, load_recipe
 from .safe_yaml import parse_yaml
 from .zoo import model_folders, read_config, speeds_of
 
-NORMS = ("batch norm", "IEBN", "squeeze-and-excitation", "IEBN, neutral gates")  # the third one behind batch norm
-_SUFFIXES = ("", "_iebn", "_se", "_iebn")  # of the networks' names
-_COLORS = ("tab:gray", "tab:blue", "tab:orange", "tab:cyan")
+
+class Norm(NamedTuple):
+    """One of the norms that the zoo compares."""
+
+    name: str
+    suffix: str  # of the networks' names
+    mark: str  # in plots
+    color: str
+
+    @property
+    def is_iebn(self) -> bool:
+        return self.suffix == "_iebn"
+
+
+NORMS = (
+    Norm("batch norm", "", "o", "tab:gray"),
+    Norm("IEBN", "_iebn", "s", "tab:blue"),
+    Norm("squeeze-and-excitation", "_se", "^", "tab:orange"),  # behind batch norm
+    Norm("IEBN, neutral gates", "_iebn", "D", "tab:cyan"),
+)
 
 # arXiv 1908.04008: batch norm, IEBN
 _PAPER = {("resnet164_cifar", "cifar100"): (74.29, 77.09)}
@@ -64,8 +81,8 @@ class Comparison:
     @property
     def paper(self) -> tuple[float | None, ...]:
         """What the paper reports for each side, in percent."""
-        found = None if self.recipe.pretrained else _PAPER.get((self.recipe.model, self.data))
-        return (*(found or (None, None)), None, None)
+        found = () if self.recipe.pretrained else _PAPER.get((self.recipe.model, self.data), ())
+        return found + (None,) * (len(NORMS) - len(found))
 
     def config(self, side: int) -> dict[str, Any]:
         """The config.json of a run of that side."""
@@ -93,12 +110,12 @@ def compare(folders: Iterable[Path]) -> list[Comparison]:
     for folder in folders:
         recipe, model = load_recipe(folder / "recipe.yaml"), read_config(folder)["architecture"]
         model_args = {k: v for k, v in recipe.model_args.items() if k not in ("norm_layer", "neutral_gates")}
-        side = next((i for i, suffix in enumerate(_SUFFIXES) if i and model.endswith(suffix)), 0)
+        side = next((i for i, norm in enumerate(NORMS) if i and model.endswith(norm.suffix)), 0)
         if str(recipe.model_args.get("norm_layer")).startswith("iebn"):
             side = 1
         if side == 1 and recipe.model_args.get("neutral_gates"):
             side = 3
-        key = replace(recipe, model=model.removesuffix(_SUFFIXES[side]), model_args=model_args, seed=0).to_yaml()
+        key = replace(recipe, model=model.removesuffix(NORMS[side].suffix), model_args=model_args, seed=0).to_yaml()
         runs = rows[key][side]
         if recipe.seed in runs:
             raise ValueError(f"{folder.name} is the same run as {runs[recipe.seed].name}: remove one of them")
@@ -131,7 +148,7 @@ def results_table(zoo: Path) -> str:
             logs = " ".join(f"[seed {seed}]({path.name})" for seed, path in sorted(row.sides[side].items()))
             cost = count(config["parameters"]), count(config["macs"]), speed
             result = row.mean(side), row.difference(side), paper
-            cells = row.name, row.data, str(row.recipe.epochs), norm, *cost, *result, logs
+            cells = row.name, row.data, str(row.recipe.epochs), norm.name, *cost, *result, logs
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -160,12 +177,12 @@ def plot_results(zoo: Path, path: Path) -> None:
 
 def _plot_data(rows: list[Comparison], axes: Axes) -> None:
     for row in rows:
-        for side, (norm, mark, color) in enumerate(zip(NORMS, "os^D", _COLORS, strict=True)):
+        for side, norm in enumerate(NORMS):
             if top1 := [*row.top1(side).values()]:
                 bar = statistics.stdev(top1) if len(top1) > 1 else None
                 # side by side, or one bar would hide another
                 at = row.config(side)["macs"] / 1e6 * 1.02 ** (side - 0.5), statistics.mean(top1)
-                axes.errorbar(*at, yerr=bar, fmt=mark, color=color, capsize=3, label=norm)
+                axes.errorbar(*at, yerr=bar, fmt=norm.mark, color=norm.color, capsize=3, label=norm.name)
         note = f"{row.name}\n{row.recipe.epochs} epochs"
         axes.annotate(note, at, xytext=(8, -14), textcoords="offset points", annotation_clip=False)
     axes.set_xscale("log")
