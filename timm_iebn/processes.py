@@ -11,7 +11,7 @@ from types import FrameType
 from typing import Any
 
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, broadcast_object_list, parse_flag_from_env
+from accelerate.utils import DistributedType, TorchDynamoPlugin, broadcast_object_list, parse_flag_from_env
 
 from .checkpoint import CheckpointError
 from .recipe import Recipe, RecipeError
@@ -56,7 +56,7 @@ def create_training_accelerator(recipe: Recipe, project_dir: Path, trackers: Seq
     accelerator = create_accelerator(
         mixed_precision=recipe.precision,
         gradient_accumulation_steps=recipe.grad_accumulation,
-        dynamo_backend="inductor" if recipe.compile else "no",
+        dynamo_plugin=TorchDynamoPlugin("inductor" if recipe.compile else "no", mode=recipe.compile_mode),
         log_with=list(trackers) or None,
         project_dir=project_dir,
     )

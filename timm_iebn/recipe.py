@@ -18,6 +18,7 @@ _CHOICES = dict(
     loader=("memory", "timm"),
     crop=("pad", "resized"),
     precision=("no", "bf16", "fp16"),
+    compile_mode=("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
 )
 _POSITIVE = ("epochs", "batch_size", "grad_accumulation", "lr", "decay_rate")
 _NOT_NEGATIVE = ("weight_decay", "clip_grad", "warmup_epochs", "min_lr", "crop_padding", "mixup", "cutmix")
@@ -93,6 +94,7 @@ class Recipe:
     precision: str = "no"
     channels_last: bool = True
     compile: bool = False
+    compile_mode: str = "default"  # torch.compile's; with reduce-overhead, CUDA graphs spare small networks the host
     grad_checkpointing: bool = False  # runs layers twice, and so moves running statistics by twice their momentum
     sync_norms: bool = True  # with several processes
     noise_scale: float = 1.0  # the constant noise attack on training: normalised features x become
@@ -155,6 +157,13 @@ class Recipe:
         if self.loader == "memory" and (self.auto_augment or self.crop != "pad"):
             key = "auto_augment" if self.auto_augment else "crop"
             raise RecipeError(f"{key}: {getattr(self, key)!r} works on single images and needs loader: timm")
+        if self.compile_mode != "default" and not self.compile:
+            raise RecipeError(f"compile_mode: {self.compile_mode!r} is of use with compile: true only")
+        if self.compile_mode in ("reduce-overhead", "max-autotune") and self.grad_accumulation > 1:
+            raise RecipeError(
+                f"compile_mode: {self.compile_mode!r} replays CUDA graphs, which overwrite the gradients that "
+                f"grad_accumulation {self.grad_accumulation} adds up: use default or max-autotune-no-cudagraphs"
+            )
         if self.batch_size % self.grad_accumulation:
             raise RecipeError(
                 f"grad_accumulation: {self.grad_accumulation} does not divide batch_size {self.batch_size}"

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.onnx import is_in_onnx_export
 
 from .activations import ACTIVATIONS
 from .backend import backend, get_backend, set_backend, triton, uses_reference, uses_triton
@@ -14,6 +15,7 @@ from .reference import iebn_reference, update_running
 
 if triton is not None:
     from .custom import iebn_op
+    from .fused import iebn_fused
 
 __all__ = [
     "backend",
@@ -102,7 +104,8 @@ def iebn(
     if not tracing:
         # with several ranks one value in each is enough
         check_input(x, gate_weight.shape[0], (training or running_mean is None) and group is None)
-        if any(v is not None and v.shape != gate_weight.shape for v in vectors):
+        shape = gate_weight.shape
+        if any([v is not None and v.shape != shape for v in vectors]):  # a generator would take longer
             raise RuntimeError(
                 f"expected parameters of one shape, got {[v if v is None else list(v.shape) for v in vectors]}"
             )
@@ -113,7 +116,7 @@ def iebn(
     formula = uses_reference() or symbolic or _is_transformed()
     if group is not None:
         y = _synchronised(*tensors, training, share, eps, group, residual, act)
-    elif torch.compiler.is_compiling() and _can_fuse(x, residual):
+    elif torch.compiler.is_compiling() and _fits(x, residual) and uses_triton(x) and not is_in_onnx_export():
         y = _compiled(*tensors, training, share, eps, residual, act)
     elif formula:
         y = _followed(iebn_reference(*tensors, training, share, eps), residual, act)
@@ -130,19 +133,20 @@ def _followed(y: Tensor, residual: Tensor | None, act: str) -> Tensor:
 
 def _eager(x: Tensor, *args: Any) -> Tensor:
     *args, residual, act = args
-    if _can_fuse(x, residual):
-        return iebn_eager(x, *args, residual, act)
-    return _followed(iebn_eager(x, *args), residual, act)
+    if not uses_triton(x):
+        return _followed(iebn_eager(x, *args), residual, act)
+    if _fits(x, residual):
+        return iebn_fused(x, *args, residual, act)
+    return _followed(iebn_fused(x, *args), residual, act)
 
 
 # a compiler leaves the exchange between ranks, and what lies around it, as it is
 _synchronised = torch.compiler.disable(_eager)
 
 
-def _can_fuse(x: Tensor, residual: Tensor | None) -> bool:
-    """Whether the fused kernels take `x`, and `residual` with it."""
-    fits = residual is None or (residual.shape == x.shape and residual.dtype == x.dtype)
-    return fits and uses_triton(x) and not torch.onnx.is_in_onnx_export()
+def _fits(x: Tensor, residual: Tensor | None) -> bool:
+    """Whether the fused kernels that take `x` take `residual` with it."""
+    return residual is None or (residual.shape == x.shape and residual.dtype == x.dtype)
 
 
 def _compiled(
@@ -162,9 +166,9 @@ def _compiled(
     """The fused kernels as an operator that a compiler keeps."""
     batch = training or running_mean is None
     given = (None, None) if batch else (running_mean, running_var)
-    y, _, _, mean, var = iebn_op(x, weight, bias, gate_weight, gate_bias, residual, *given, eps, act)
+    y, saved = iebn_op(x, weight, bias, gate_weight, gate_bias, residual, *given, eps, act)
     if batch and running_mean is not None:
         count = x.numel() // x.shape[1]
         with torch.no_grad():
-            update_running(running_mean, running_var, mean, var * (count / (count - 1)), momentum)
+            update_running(running_mean, running_var, saved[-2], saved[-1] * (count / (count - 1)), momentum)
     return y

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import triton
-from .layouts import like
+from .fused import backward, forward
 
 
 @torch.library.custom_op("timm_iebn::iebn", mutates_args=())
@@ -21,9 +21,9 @@ def iebn_op(
     var: Tensor | None,
     eps: float,
     act: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The output (N, C, H, W); instance means and gates (N, C); and mean and biased variance (C,), which are those of
-    the batch where none are given.
+) -> tuple[Tensor, Tensor]:
+    """The output (N, C, H, W), and what `triton_kernels` calls `saved`; mean and biased variance are those of the batch
+    where none are given.
     """
     vectors = [v.shape for v in (weight, bias, gate_weight, gate_bias, mean, var) if v is not None]
     fits = all(shape == x.shape[1:2] for shape in vectors) and (residual is None or residual.shape == x.shape)
@@ -32,17 +32,14 @@ def iebn_op(
             f"timm_iebn::iebn can't take {x.dtype} input of shape {list(x.shape)} with strides {x.stride()} on "
             f"{x.device} and vectors of shapes {list(map(list, vectors))}: timm_iebn.ops.iebn takes all"
         )
-    mean_NC, *batch = triton.statistics(x, mean is None)
-    mean, var = batch if mean is None else (mean.float().clone(), var.float().clone())
-    y, gate_NC = triton.normalize(x, mean_NC, mean, var, eps, weight, bias, gate_weight, gate_bias, residual, act)
-    return y, mean_NC, gate_NC, mean, var
+    batch = mean is None
+    y, saved, _ = forward(x, weight, bias, gate_weight, gate_bias, residual, mean, var, batch, 0.0, eps, None, act)
+    return y, saved
 
 
 @iebn_op.register_fake
-def _fake_iebn(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    n, c = x.shape[:2]
-    shapes = (n, c), (n, c), (c,), (c,)
-    return torch.empty_like(x), *(x.new_empty(shape, dtype=torch.float32) for shape in shapes)
+def _fake_iebn(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty((2 * x.shape[0] + 2, x.shape[1]), dtype=torch.float32)
 
 
 @torch.library.custom_op("timm_iebn::iebn_backward", mutates_args=())
@@ -54,10 +51,7 @@ def iebn_backward_op(
     gate_weight: Tensor,
     residual: Tensor | None,
     result: Tensor | None,
-    mean_NC: Tensor,
-    gate_NC: Tensor,
-    mean: Tensor,
-    var: Tensor,
+    saved: Tensor,
     batch: bool,
     eps: float,
     act: str,
@@ -65,17 +59,10 @@ def iebn_backward_op(
     """The gradients of `x`; of the residual behind which there is an activation, or an empty tensor; and of weight,
     bias, gate_weight and gate_bias, (4, C).
     """
-    if not triton.supports(x):  # hooks on saved tensors may have changed it
-        x = x.resolve_neg().contiguous()
-    g = like(g, x)
-    dresidual = triton.residual_gradient(x, residual, result)
-    fused = dict(bias=bias, residual=residual, result=result, dresidual=dresidual, act=act)
-    dz_NC, grads, sums = triton.reduce(g, x, mean_NC, gate_NC, mean, var, eps, weight, **fused)
-    if dresidual is not None:
-        g, act = dresidual, ""
-    count = x.numel() // x.shape[1] if batch else 0
-    dx = triton.grad_input(g, x, gate_NC, dz_NC, mean, var, eps, weight, gate_weight, sums, count, bias=bias, act=act)
-    return dx, x.new_empty(0) if dresidual is None else dresidual, torch.stack(grads)
+    count, has_dresidual = x.numel() // x.shape[1] if batch else 0, residual is not None or result is not None
+    args = weight, bias, gate_weight, residual, result, saved, count, eps, None, act
+    dx, dresidual, found = backward(g, x, *args)
+    return dx, dresidual if has_dresidual else x.new_empty(0), found[:4].clone()
 
 
 @iebn_backward_op.register_fake
@@ -96,10 +83,10 @@ def _fake_iebn_backward(
 
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, weight, bias, gate_weight, _, residual, mean, _, ctx.eps, ctx.act = inputs
-    y, *statistics = output
+    y, saved = output
     ctx.batch, ctx.has_residual = mean is None, residual is not None
-    ctx.save_for_backward(x, weight, bias, gate_weight, *triton.kept(residual, y, ctx.act), *statistics)
-    ctx.mark_non_differentiable(*statistics)
+    ctx.save_for_backward(x, weight, bias, gate_weight, *triton.kept(residual, y, ctx.act), saved)
+    ctx.mark_non_differentiable(saved)
 
 
 def _backward(ctx: Any, g: Tensor, *_: Any) -> tuple:

@@ -1,7 +1,8 @@
-"""IEBN with its gradient in closed form: the path of eager training and inference.
+"""IEBN with its gradient in closed form: the path of eager training and inference without Triton.
 
 Autograd through the formula keeps and rereads half a dozen (N, C, H, W) tensors. Here each direction takes two passes
-over them, as batch norm does: `triton`, `cpu` or `passes` has them, this module differentiates and synchronises.
+over them, as batch norm does: `cpu` or `passes` has them, this module differentiates and synchronises. `fused` does the
+same with Triton's.
 """
 
 from collections.abc import Sequence
@@ -13,12 +14,11 @@ from torch import Tensor
 
 from . import cpu, passes
 from .activations import ACTIVATIONS
-from .backend import passes_for, triton
 from .layouts import like
 from .reference import iebn_reference, update_running, wide_dtype
 
 
-def _merge(mean: Tensor, var: Tensor, count: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
+def merge_statistics(mean: Tensor, var: Tensor, count: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, variance and count of the batch over all ranks, which may hold different numbers of images."""
     local = torch.cat([mean, var * count, mean.new_full((1,), count)])
     ranks = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
@@ -44,16 +44,14 @@ class _IEBN(torch.autograd.Function):
         bias: Tensor | None,
         gate_weight: Tensor,
         gate_bias: Tensor,
-        residual: Tensor | None,
         running_mean: Tensor | None,
         running_var: Tensor | None,
         batch: bool,
         momentum: float,
         eps: float,
         group: dist.ProcessGroup | None,
-        act: str,
     ) -> Tensor:
-        backend, params = passes_for(x), (weight, bias, gate_weight, gate_bias)
+        backend, params = cpu if cpu.supports(x) else passes, (weight, bias, gate_weight, gate_bias)
         # 0 says to `backward` that mean and var are constants
         count = x.shape[0] * x.shape[2] * x.shape[3] if batch else 0
         mean = var = None
@@ -61,8 +59,7 @@ class _IEBN(torch.autograd.Function):
             # for backward copies, which do not move with the running statistics
             wide, copy = wide_dtype(x), ctx is not None
             mean, var = running_mean.to(wide, copy=copy), running_var.to(wide, copy=copy)
-        fused = dict(residual=residual, act=act) if act or residual is not None else {}
-        if backend is cpu and group is None and x.numel() and not fused:
+        if backend is cpu and group is None and x.numel():
             y, mean_NC, gate_NC, mean, var = cpu.forward(x, mean, var, eps, *params, keep=ctx is not None)
         else:
             mean_NC, *own = backend.statistics(x, batch)
@@ -70,67 +67,62 @@ class _IEBN(torch.autograd.Function):
             if x.numel() == 0:  # a detector's empty batch: nothing moves, where 0 / 0 would
                 mean_NC, mean, var = map(torch.zeros_like, (mean_NC, mean, var))
             if group is not None:
-                mean, var, count = _merge(mean, var, count, group)
-            y, gate_NC = backend.normalize(x, mean_NC, mean, var, eps, *params, **fused)
+                mean, var, count = merge_statistics(mean, var, count, group)
+            y, gate_NC = backend.normalize(x, mean_NC, mean, var, eps, *params)
         if batch and running_mean is not None and (group is not None or x.numel()):
             update_running(running_mean, running_var, mean, var * (count / (count - 1)), momentum)
         if ctx is not None:
-            ctx.backend, ctx.eps, ctx.count, ctx.group, ctx.act = backend, eps, count, group, act
-            kept = triton.kept(residual, y, act) if act else (None, None)
-            ctx.save_for_backward(x, weight, bias, gate_weight, gate_bias, *kept, mean_NC, mean, var, gate_NC)
+            ctx.backend, ctx.eps, ctx.count, ctx.group = backend, eps, count, group
+            ctx.save_for_backward(x, weight, bias, gate_weight, gate_bias, mean_NC, mean, var, gate_NC)
         return y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple:
-        x, weight, bias, gate_weight, gate_bias, residual, result, mean_NC, mean, var, gate_NC = ctx.saved_tensors
+        x, weight, bias, gate_weight, gate_bias, mean_NC, mean, var, gate_NC = ctx.saved_tensors
         params = weight, bias, gate_weight, gate_bias
         if torch.is_grad_enabled():  # create_graph=True: the second derivative goes through the formula
-            return (*_reference_grads(ctx, (x, *params), residual, result, mean, var, g), *_NO_GRADS)
-        backend, fused, kept, dresidual = ctx.backend, {}, {}, None
-        if backend is not passes and not backend.supports(x):  # hooks may have changed it, a mode may be watching
-            backend, x = (backend, x.resolve_neg().contiguous()) if ctx.act else (passes, x)
-        if backend is not passes:
+            return (*reference_grads(ctx, (x, *params), mean, var, g)[:5], *_NO_GRADS)
+        backend = ctx.backend
+        if backend is cpu and not cpu.supports(x):  # hooks may have changed it, a mode may be watching
+            backend = passes
+        if backend is cpu:
             g = like(g, x)
-        if ctx.act:
-            fused, dresidual = dict(bias=bias, act=ctx.act), triton.residual_gradient(x, residual, result)
-            kept = dict(residual=residual, result=result, dresidual=dresidual)
-        if backend is cpu and ctx.group is None and ctx.needs_input_grad[0]:
-            scales = weight, gate_weight, ctx.count
-            dx, grads = cpu.backward(g, x, mean_NC, gate_NC, mean, var, ctx.eps, *scales)
-            return dx, *_of_params(params, grads), None, *_NO_GRADS
-        dz_NC, grads, sums = backend.reduce(g, x, mean_NC, gate_NC, mean, var, ctx.eps, weight, **fused, **kept)
-        if dresidual is not None:  # the gradient before the activation, which so is done with
-            g, fused = dresidual, {}
+            if ctx.group is None and ctx.needs_input_grad[0]:
+                scales = weight, gate_weight, ctx.count
+                dx, grads = cpu.backward(g, x, mean_NC, gate_NC, mean, var, ctx.eps, *scales)
+                return dx, *of_params(params, grads), *_NO_GRADS
+        dz_NC, grads, sums = backend.reduce(g, x, mean_NC, gate_NC, mean, var, ctx.eps, weight)
         dx = None
         if ctx.needs_input_grad[0]:
             if ctx.group is not None:
                 dist.all_reduce(sums, group=ctx.group)
             scales = weight, gate_weight, sums, ctx.count
-            dx = backend.grad_input(g, x, gate_NC, dz_NC, mean, var, ctx.eps, *scales, **fused)
-        return dx, *_of_params(params, grads), g if ctx.needs_input_grad[5] else None, *_NO_GRADS
+            dx = backend.grad_input(g, x, gate_NC, dz_NC, mean, var, ctx.eps, *scales)
+        return dx, *of_params(params, grads), *_NO_GRADS
 
 
-def _of_params(params: tuple[Tensor | None, ...], grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+def of_params(params: tuple[Tensor | None, ...], grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
     """`grads` of the parameters that there are; autograd casts them to their dtypes."""
     return tuple(None if p is None else d for p, d in zip(params, grads, strict=True))
 
 
-_NO_GRADS = (None,) * 7  # for what `_IEBN.forward` takes besides x, the parameters and the residual
+_NO_GRADS = (None,) * 6  # for what `_IEBN.forward` takes besides x and the parameters
 
 
-def _reference_grads(
+def reference_grads(
     ctx: Any,
     inputs: tuple[Tensor | None, ...],
-    residual: Tensor | None,
-    result: Tensor | None,
     mean: Tensor,
     var: Tensor,
     grad: Tensor,
+    residual: Tensor | None = None,
+    result: Tensor | None = None,
+    act: str = "",
 ) -> list:
+    """The gradients of x, the parameters and the residual, by a graph that can be differentiated again."""
     if ctx.group is not None:
         raise NotImplementedError("synchronised IEBN has no second derivative: compute it in one process")
     mean, var = (mean, var) if ctx.count == 0 else (None, None)
-    act = ctx.act
     if result is not None:  # of an activation without a second derivative: its slope is all that matters
         end = result.detach().requires_grad_()
         with torch.enable_grad():
@@ -161,17 +153,14 @@ def iebn_eager(
     momentum: float,
     eps: float,
     group: dist.ProcessGroup | None = None,
-    residual: Tensor | None = None,
-    act: str = "",
 ) -> Tensor:
-    """As `iebn_reference`. With `group`, the batch is that of all its ranks, which must call in the same order. Where
-    `uses_triton(x)`, `residual`, like `x`, is added and `act` applied behind it.
+    """As `iebn_reference`. With `group`, the batch is that of all its ranks, which must call in the same order.
 
     Differentiable twice, the second time through the reference; not with `group`.
     """
     batch = training or running_mean is None
-    inputs = x, weight, bias, gate_weight, gate_bias, residual
-    args = (*inputs, running_mean, running_var, batch, momentum, eps, group if batch else None, act)
+    inputs = x, weight, bias, gate_weight, gate_bias
+    args = (*inputs, running_mean, running_var, batch, momentum, eps, group if batch else None)
     if not torch.is_grad_enabled():
         return _IEBN.forward(None, *args)  # an autograd.Function costs as much as a small layer
     if any(t is not None and t.requires_grad for t in inputs):

@@ -2,8 +2,9 @@
 NCHW and channels last.
 
 Forward reads the input twice and writes the output once, backward reads the input and the gradient twice and writes
-one gradient: batch norm's traffic. The arguments and results are those of `passes`. The kernels run on CUDA, and on CPU
-in Triton's interpreter (TRITON_INTERPRET=1 before this module is imported), which is slow and for tests.
+one gradient: batch norm's traffic. The passes are those of `passes`, but hand on `saved` and `found`, which
+`triton_kernels` describes. The kernels run on CUDA, and on CPU in Triton's interpreter (TRITON_INTERPRET=1 before this
+module is imported), which is slow and for tests.
 """
 
 import os
@@ -19,6 +20,7 @@ from torch import Tensor
 from . import triton_kernels as kernels
 from .activations import FROM_RESULT
 from .layouts import is_channels_last, is_dense, like
+from .reference import update_running
 
 _TILE = 4096  # values that a program holds at once
 _WARPS = 8  # that hold them: with half as many, planes of odd size, read value by value, overflow the registers
@@ -46,16 +48,20 @@ def _grid(x: Tensor) -> _Grid:
     return _grid_of(n, c, h * w, is_channels_last(x), x.device.index if x.is_cuda else None)
 
 
-@lru_cache(maxsize=4096)
-def _grid_of(n: int, c: int, size: int, channels_last: bool, cuda_device: int | None) -> _Grid:
+def _tile(c: int, size: int, channels_last: bool) -> tuple[int, int]:
+    """The channels and the pixels that a program holds at once."""
     if channels_last:
         # whole lines of memory, but few idle lanes
         block_c = min((128, 64, 32), key=lambda block: (triton.cdiv(c, block) * block, -block))
         block_c = min(block_c, triton.next_power_of_2(c))
-        block_l = min(_TILE // block_c, triton.next_power_of_2(size))
-    else:
-        block_l = min(1024, triton.next_power_of_2(size))
-        block_c = min(_TILE // block_l, triton.next_power_of_2(c))
+        return block_c, min(_TILE // block_c, triton.next_power_of_2(size))
+    block_l = min(1024, triton.next_power_of_2(size))
+    return min(_TILE // block_l, triton.next_power_of_2(c)), block_l
+
+
+@lru_cache(maxsize=4096)
+def _grid_of(n: int, c: int, size: int, channels_last: bool, cuda_device: int | None) -> _Grid:
+    block_c, block_l = _tile(c, size, channels_last)
     rows = n * triton.cdiv(c, block_c)
     properties = None if cuda_device is None else torch.cuda.get_device_properties(cuda_device)
     wanted = _PROGRAMS * (properties.multi_processor_count if properties else 2)
@@ -69,7 +75,7 @@ def _grid_of(n: int, c: int, size: int, channels_last: bool, cuda_device: int | 
     merge = dict(BLOCK_N=min(128, triton.next_power_of_2(n)), BLOCK_C=min(8, triton.next_power_of_2(c)))
     merge["BLOCK_P"] = min(128 // merge["BLOCK_N"], triton.next_power_of_2(parts))
     merge_programs = triton.cdiv(c, merge["BLOCK_C"])
-    merge["ALIGN_C"] = aligned["ALIGN_C"]
+    merge |= dict(ALIGN_C=aligned["ALIGN_C"], num_warps=_WARPS)
     return _Grid(rows * parts, (c, size, parts, part), blocks | aligned | dict(num_warps=_WARPS), merge_programs, merge)
 
 
@@ -103,28 +109,41 @@ def residual_gradient(x: Tensor, residual: Tensor | None, result: Tensor | None)
 
 
 def _dense(v: Tensor | None) -> Tensor | None:
-    return None if v is None else v.resolve_neg().contiguous()
+    return v if v is None or (v.is_contiguous() and not v.is_neg()) else v.resolve_neg().contiguous()
 
 
-def statistics(x: Tensor, batch: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def statistics(
+    x: Tensor,
+    batch: bool,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    momentum: float = 0.0,
+) -> Tensor:
+    """`saved`: with instance means, and mean and biased variance of the `batch`, which running statistics then follow,
+    or else the running statistics.
+    """
     n, c = x.shape[:2]
     grid = _grid(x)
-    means = x.new_empty(n, grid.parts, c, dtype=torch.float32)
-    squares, mean, var = (means.new_empty(shape) if batch else None for shape in (means.shape, c, c))
-    _launch(x, kernels.statistics_kernel, grid.programs, x, means, squares, *grid.shape, **grid.blocks)
-    mean_NC = means.new_empty(n, c) if grid.parts > 1 else None
+    saved = x.new_empty(2 * n + 2, c, dtype=torch.float32)
+    means = saved if grid.parts == 1 else saved.new_empty(n, grid.parts, c)
+    squares = saved.new_empty(n, grid.parts, c) if batch else None
+    given = (None, None) if batch else (_dense(running_mean), _dense(running_var))
+    _launch(x, kernels.statistics_kernel, grid.programs, x, means, squares, *given, saved, *grid.shape, **grid.blocks)
     if batch or grid.parts > 1:
-        tensors = means, squares, mean_NC, mean, var
+        followers = running_mean, running_var
+        in_place = batch and running_mean is not None and all(v.is_contiguous() and not v.is_neg() for v in followers)
+        tensors = means, squares, *(followers if in_place else (None, None)), saved
         merge = kernels.merge_statistics_kernel
-        _launch(x, merge, grid.merge_programs, *tensors, n, *grid.shape, **grid.merge_blocks)
-    return means.view(n, c) if mean_NC is None else mean_NC, mean, var
+        _launch(x, merge, grid.merge_programs, *tensors, n, *grid.shape, momentum, **grid.merge_blocks)
+        if batch and running_mean is not None and not in_place:
+            count = x.numel() // c
+            update_running(*followers, saved[-2], saved[-1] * (count / (count - 1)), momentum)
+    return saved
 
 
 def normalize(
     x: Tensor,
-    mean_NC: Tensor,
-    mean: Tensor,
-    var: Tensor,
+    saved: Tensor,
     eps: float,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -132,23 +151,21 @@ def normalize(
     gate_bias: Tensor,
     residual: Tensor | None = None,
     act: str = "",
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
+    """The output; the gates go to `saved`."""
     grid = _grid(x)
-    y, gate_NC = torch.empty_like(x), torch.empty_like(mean_NC)
+    y = torch.empty_like(x)
     residual = None if residual is None else like(residual, x)
-    vectors = map(_dense, (mean, var, weight, bias, gate_weight, gate_bias))
-    tensors = x, residual, y, mean_NC, *vectors, gate_NC
+    vectors = _dense(weight), _dense(bias), _dense(gate_weight), _dense(gate_bias)
+    tensors = x, residual, y, saved, *vectors
     _launch(x, kernels.normalize_kernel, grid.programs, *tensors, *grid.shape, eps, ACT=act, **grid.blocks)
-    return y, gate_NC
+    return y
 
 
 def reduce(
     g: Tensor,
     x: Tensor,
-    mean_NC: Tensor,
-    gate_NC: Tensor,
-    mean: Tensor,
-    var: Tensor,
+    saved: Tensor,
     eps: float,
     weight: Tensor | None,
     bias: Tensor | None = None,
@@ -156,45 +173,45 @@ def reduce(
     result: Tensor | None = None,
     dresidual: Tensor | None = None,
     act: str = "",
-) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
-    """With `act`, also: its input is found from `result`, or from `bias` and `residual`; `dresidual` is filled with the
+) -> Tensor:
+    """`found`. The input of `act` is found from `result`, or from `bias` and `residual`; `dresidual` is filled with the
     gradient of that input, if it is given.
     """
     n, c = x.shape[:2]
     grid = _grid(x)
     residual, result = (None if t is None else like(t, x) for t in (residual, result))
-    mean, var, weight, bias, mean_NC, gate_NC = map(_dense, (mean, var, weight, bias, mean_NC, gate_NC))
-    P, Q = gate_NC.new_empty(2, n, grid.parts, c)
-    tensors = g, x, result, residual, dresidual, gate_NC, mean, var, weight, bias, P, Q
+    saved, weight, bias = _dense(saved), _dense(weight), _dense(bias)
+    sums = saved.new_empty(n, grid.parts, 2, c)
+    tensors = g, x, result, residual, dresidual, saved, weight, bias, sums
     _launch(x, kernels.reduce_kernel, grid.programs, *tensors, *grid.shape, eps, ACT=act, **grid.blocks)
-    dz_NC, grads, sums = torch.empty_like(gate_NC), mean.new_empty(4, c), mean.new_empty(2, c)
-    tensors = P, Q, mean_NC, gate_NC, dz_NC, var, weight, grads, sums
+    found = saved.new_empty(6 + n, c)
     merge = kernels.merge_gradients_kernel
-    _launch(x, merge, grid.merge_programs, *tensors, n, c, grid.parts, eps, **grid.merge_blocks)
-    return dz_NC, grads.unbind(), sums
+    _launch(x, merge, grid.merge_programs, sums, saved, weight, found, n, c, grid.parts, eps, **grid.merge_blocks)
+    return found
 
 
 def grad_input(
     g: Tensor,
     x: Tensor,
-    gate_NC: Tensor,
-    dz_NC: Tensor,
-    mean: Tensor,
-    var: Tensor,
+    saved: Tensor,
+    found: Tensor,
     eps: float,
     weight: Tensor | None,
     gate_weight: Tensor,
-    sums: Tensor,
     count: float | Tensor,
     bias: Tensor | None = None,
     act: str = "",
 ) -> Tensor:
-    """With `act`, `g` is the gradient of its result, and its input is found from `bias`."""
+    """The gradient of `x`. Sums in `found` are over `count` values per channel; a `count` of 0 says that mean and
+    variance are constants. With `act`, `g` is the gradient of its result, and its input is found from `bias`.
+    """
     grid = _grid(x)
     dx = torch.empty_like(x)
     if isinstance(count, Tensor):
-        sums, count = sums / count, 1.0
-    vectors = map(_dense, (gate_NC, dz_NC, mean, var, weight, bias, gate_weight))
-    tensors, count = (g, x, dx, *vectors, sums if count else None), float(count)
-    _launch(x, kernels.grad_input_kernel, grid.programs, *tensors, *grid.shape, eps, count, ACT=act, **grid.blocks)
+        found[4:6] /= count
+        count = 1.0
+    vectors = _dense(weight), _dense(bias), _dense(gate_weight)
+    tensors, batch = (g, x, dx, _dense(saved), found, *vectors), count != 0
+    scalars = *grid.shape, eps, float(count)
+    _launch(x, kernels.grad_input_kernel, grid.programs, *tensors, *scalars, BATCH=batch, ACT=act, **grid.blocks)
     return dx

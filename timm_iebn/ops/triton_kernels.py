@@ -2,6 +2,11 @@
 
 Each program of a pass takes one image, a block of channels and one of `parts` parts of its plane; what the programs
 find is merged by a small kernel, in a fixed order, so that results repeat bit for bit.
+
+Two tensors of float32 go from kernel to kernel, because each argument of a launch costs the host time. `saved`,
+(2 N + 2, C): instance means, gates, and mean and variance of the batch. `found`, (6 + N, C): the gradients of weight,
+bias, gate_weight and gate_bias, the two sums through which mean and variance reach the input's, and the gradients of
+what is under the sigmoids.
 """
 
 import triton
@@ -12,7 +17,7 @@ import triton.language as tl
 def _place(
     C, L, parts, part, ALIGN_C: tl.constexpr, ALIGN_L: tl.constexpr, BLOCK_C: tl.constexpr, BACKWARDS: tl.constexpr
 ):
-    """C and L; this program's row among (image, part), its image, its channels, and its part of the plane."""
+    """N, C and L; this program's row among (image, part), its image, its channels, and its part of the plane."""
     C = C // ALIGN_C * ALIGN_C  # the same, so that the compiler knows what divides it: vectors of loads and stores
     L = L // ALIGN_L * ALIGN_L
     program = tl.program_id(0)
@@ -22,7 +27,8 @@ def _place(
     row = program // blocks
     c = program % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     first = row % parts * part
-    return C, L, row, row // parts, c, first, tl.minimum(first + part, L)
+    N = (tl.num_programs(0) // (blocks * parts)).to(tl.int64)
+    return N, C, L, row, row // parts, c, first, tl.minimum(first + part, L)
 
 
 @triton.jit
@@ -44,10 +50,10 @@ def _tile(n, c, start, last, C, L, CHANNELS_LAST: tl.constexpr, BLOCK_L: tl.cons
 
 
 @triton.jit
-def _parts(n, first, c, N, C, parts, BLOCK_P: tl.constexpr):
-    """Parts from `first` on, and where what was found of them, (N, parts, C), lies for images n and channels c."""
+def _parts(n, first, c, N, C, stride, parts, BLOCK_P: tl.constexpr):
+    """Parts from `first` on, and where what was found of them, (N, parts, stride), lies for images n and channels c."""
     i = first + tl.arange(0, BLOCK_P)
-    offsets = (n[:, None] * parts + i[None, :])[:, :, None] * C + c[None, None, :]
+    offsets = (n[:, None] * parts + i[None, :])[:, :, None] * stride + c[None, None, :]
     mask = ((n < N)[:, None] & (i < parts)[None, :])[:, :, None] & (c < C)[None, None, :]
     return i, offsets, mask
 
@@ -62,9 +68,16 @@ def _vector(pointer, offsets, mask, default: tl.constexpr):
 
 
 @triton.jit
-def _scale(gate, c, C, var_ptr, weight_ptr, eps):
+def _batch(saved_ptr, N, c, C, eps):
+    """Mean and reciprocal standard deviation of the channels, from what was saved."""
+    mean_ptr = saved_ptr + 2 * N * C
+    return tl.load(mean_ptr + c, c < C, 0.0), tl.rsqrt(tl.load(mean_ptr + C + c, c < C, 1.0) + eps)
+
+
+@triton.jit
+def _scale(gate, inv, c, C, weight_ptr):
     """By what the centred input is multiplied; one order of the factors, so that all passes find the same bits."""
-    return gate * tl.rsqrt(tl.load(var_ptr + c, c < C, 1.0) + eps) * _vector(weight_ptr, c, c < C, 1.0)
+    return gate * inv * _vector(weight_ptr, c, c < C, 1.0)
 
 
 @triton.jit
@@ -101,11 +114,18 @@ def statistics_kernel(
     x_ptr,  # (N, C, H, W)
     mean_ptr,  # (N, parts, C)
     square_ptr,  # (N, parts, C), or None for the means alone: sums of squared deviations from them
+    running_mean_ptr, running_var_ptr,  # (C,), which are to be saved as mean and variance, or None
+    saved_ptr,  # (2 N + 2, C)
     C, L, parts, part,
     CHANNELS_LAST: tl.constexpr, ALIGN_C: tl.constexpr, ALIGN_L: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    C, L, row, n, c, first, last = _place(C, L, parts, part, ALIGN_C, ALIGN_L, BLOCK_C, False)
+    N, C, L, row, n, c, first, last = _place(C, L, parts, part, ALIGN_C, ALIGN_L, BLOCK_C, False)
+    if running_mean_ptr is not None:
+        if row == 0:
+            mean_C_ptr = saved_ptr + 2 * N * C + c
+            tl.store(mean_C_ptr, tl.load(running_mean_ptr + c, c < C, 0.0).to(tl.float32), c < C)
+            tl.store(mean_C_ptr + C, tl.load(running_var_ptr + c, c < C, 0.0).to(tl.float32), c < C)
     # sums are those of deviations from the first tile's mean, because squares of the values would cancel
     offsets, mask = _tile(n, c, first, last, C, L, CHANNELS_LAST, BLOCK_L, WIDE)
     x = tl.load(x_ptr + offsets, mask, 0.0).to(tl.float32)
@@ -126,12 +146,21 @@ def statistics_kernel(
         tl.store(square_ptr + offsets, tl.sum(squares, 0) - total * total / (last - first), c < C)
 
 
+@triton.jit
+def _follow(pointers, values, momentum, mask):
+    """Moves a running statistic by `momentum` towards `values`, in float32 or wider."""
+    old = tl.load(pointers, mask, 0.0)
+    if old.dtype != tl.float64:
+        old = old.to(tl.float32)
+    tl.store(pointers, old + momentum * (values - old), mask)
+
+
 @triton.jit(do_not_specialize=["N", "parts"])  # which change with the batch
 def merge_statistics_kernel(
-    mean_ptr, square_ptr,  # (N, parts, C)
-    mean_NC_ptr,  # (N, C), or None with one part, whose means they are
-    mean_C_ptr, var_ptr,  # (C,), or None with `square_ptr`
-    N, C, L, parts, part,
+    mean_ptr, square_ptr,  # (N, parts, C); squares may be None
+    running_mean_ptr, running_var_ptr,  # (C,), which follow the batch, or None
+    saved_ptr,  # (2 N + 2, C)
+    N, C, L, parts, part, momentum,
     ALIGN_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     C = C // ALIGN_C * ALIGN_C
@@ -141,12 +170,11 @@ def merge_statistics_kernel(
         n = (start + tl.arange(0, BLOCK_N)).to(tl.int64)
         mean = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
         for first in range(0, parts, BLOCK_P):
-            i, offsets, found = _parts(n, first, c, N, C, parts, BLOCK_P)
+            i, offsets, found = _parts(n, first, c, N, C, C, parts, BLOCK_P)
             share = tl.minimum(part, L - i * part).to(tl.float32) / L
             mean += tl.sum(tl.load(mean_ptr + offsets, found, 0.0) * share[None, :, None], 1)
-        if mean_NC_ptr is not None:
-            mask = (n < N)[:, None] & (c < C)[None, :]
-            tl.store(mean_NC_ptr + n[:, None] * C + c[None, :], mean, mask)
+        # with one part, these are the means that lie there already
+        tl.store(saved_ptr + n[:, None] * C + c[None, :], mean, ((n < N) & (parts > 1))[:, None] & (c < C)[None, :])
         sums += mean
     if square_ptr is not None:
         mean_C = tl.sum(sums, 0) / N
@@ -154,33 +182,38 @@ def merge_statistics_kernel(
         for start in range(0, N, BLOCK_N):
             n = (start + tl.arange(0, BLOCK_N)).to(tl.int64)
             for first in range(0, parts, BLOCK_P):
-                i, offsets, found = _parts(n, first, c, N, C, parts, BLOCK_P)
+                i, offsets, found = _parts(n, first, c, N, C, C, parts, BLOCK_P)
                 size = tl.minimum(part, L - i * part).to(tl.float32)
                 d = tl.where(found, tl.load(mean_ptr + offsets, found, 0.0) - mean_C[None, None, :], 0.0)
                 d *= d * size[None, :, None]
                 squares += tl.sum(tl.load(square_ptr + offsets, found, 0.0) + d, 1)
-        tl.store(mean_C_ptr + c, mean_C, c < C)
-        tl.store(var_ptr + c, tl.sum(squares, 0) / N / L, c < C)
+        squares_C = tl.sum(squares, 0)
+        mean_C_ptr = saved_ptr + 2 * N.to(tl.int64) * C + c
+        tl.store(mean_C_ptr, mean_C, c < C)
+        tl.store(mean_C_ptr + C, squares_C / N / L, c < C)
+        if running_mean_ptr is not None:
+            count = N.to(tl.float32) * L
+            _follow(running_mean_ptr + c, mean_C, momentum, c < C)
+            _follow(running_var_ptr + c, squares_C / (count - 1), momentum, c < C)
 
 
 @triton.jit
 def normalize_kernel(
     x_ptr, residual_ptr, y_ptr,  # (N, C, H, W)
-    mean_NC_ptr,  # (N, C)
-    mean_ptr, var_ptr, weight_ptr, bias_ptr, gate_weight_ptr, gate_bias_ptr,  # (C,)
-    gate_NC_ptr,  # (N, C)
+    saved_ptr,  # (2 N + 2, C), of which the gates are filled in
+    weight_ptr, bias_ptr, gate_weight_ptr, gate_bias_ptr,  # (C,)
     C, L, parts, part, eps,
     ACT: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN_C: tl.constexpr, ALIGN_L: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    C, L, row, n, c, first, last = _place(C, L, parts, part, ALIGN_C, ALIGN_L, BLOCK_C, True)
+    N, C, L, row, n, c, first, last = _place(C, L, parts, part, ALIGN_C, ALIGN_L, BLOCK_C, True)
     NC = n.to(tl.int64) * C + c
-    z = tl.load(gate_weight_ptr + c, c < C, 0.0).to(tl.float32) * tl.load(mean_NC_ptr + NC, c < C, 0.0)
+    z = tl.load(gate_weight_ptr + c, c < C, 0.0).to(tl.float32) * tl.load(saved_ptr + NC, c < C, 0.0)
     gate = tl.sigmoid(z + tl.load(gate_bias_ptr + c, c < C, 0.0).to(tl.float32))
     if first == 0:
-        tl.store(gate_NC_ptr + NC, gate, c < C)
-    mean = tl.load(mean_ptr + c, c < C, 0.0)
-    scale = _scale(gate, c, C, var_ptr, weight_ptr, eps)
+        tl.store(saved_ptr + N * C + NC, gate, c < C)
+    mean, inv = _batch(saved_ptr, N, c, C, eps)
+    scale = _scale(gate, inv, c, C, weight_ptr)
     bias = _vector(bias_ptr, c, c < C, 0.0)
     for start in range(first, last, BLOCK_L):
         offsets, mask = _tile(n, c, start, last, C, L, CHANNELS_LAST, BLOCK_L, WIDE)
@@ -196,17 +229,16 @@ def reduce_kernel(
     g_ptr, x_ptr,  # (N, C, H, W)
     result_ptr, residual_ptr,  # (N, C, H, W) or None: to know the activation's input, which `_act_grad` needs
     dresidual_ptr,  # (N, C, H, W) or None: the gradient of the activation's input
-    gate_NC_ptr,  # (N, C)
-    mean_ptr, var_ptr, weight_ptr, bias_ptr,  # (C,)
-    P_ptr, Q_ptr,  # (N, parts, C): sums of the gradient, and of the gradient times the centred input
+    saved_ptr,  # (2 N + 2, C)
+    weight_ptr, bias_ptr,  # (C,)
+    sums_ptr,  # (N, parts, 2, C): of the gradient, and of the gradient times the centred input
     C, L, parts, part, eps,
     ACT: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN_C: tl.constexpr, ALIGN_L: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    C, L, row, n, c, first, last = _place(C, L, parts, part, ALIGN_C, ALIGN_L, BLOCK_C, False)
-    mean = tl.load(mean_ptr + c, c < C, 0.0)
-    gate = tl.load(gate_NC_ptr + n.to(tl.int64) * C + c, c < C, 0.0)
-    scale = _scale(gate, c, C, var_ptr, weight_ptr, eps)
+    N, C, L, row, n, c, first, last = _place(C, L, parts, part, ALIGN_C, ALIGN_L, BLOCK_C, False)
+    mean, inv = _batch(saved_ptr, N, c, C, eps)
+    scale = _scale(tl.load(saved_ptr + (N + n) * C + c, c < C, 0.0), inv, c, C, weight_ptr)
     bias = _vector(bias_ptr, c, c < C, 0.0)
     P = tl.zeros((BLOCK_L, BLOCK_C), tl.float32)
     Q = tl.zeros((BLOCK_L, BLOCK_C), tl.float32)
@@ -228,24 +260,24 @@ def reduce_kernel(
                 g = g.to(tl.float32)  # as the next pass reads it
         P += g
         Q += tl.where(mask, g * d, 0.0)
-    offsets = row.to(tl.int64) * C + c
-    tl.store(P_ptr + offsets, tl.sum(P, 0), c < C)
-    tl.store(Q_ptr + offsets, tl.sum(Q, 0), c < C)
+    sums_ptr += row.to(tl.int64) * 2 * C + c
+    tl.store(sums_ptr, tl.sum(P, 0), c < C)
+    tl.store(sums_ptr + C, tl.sum(Q, 0), c < C)
 
 
 @triton.jit(do_not_specialize=["N", "parts"])  # which change with the batch
 def merge_gradients_kernel(
-    P_ptr, Q_ptr,  # (N, parts, C)
-    mean_NC_ptr, gate_NC_ptr, dz_NC_ptr,  # (N, C)
-    var_ptr, weight_ptr,  # (C,)
-    grads_ptr,  # (4, C): of weight, bias, gate_weight and gate_bias
-    sums_ptr,  # (2, C)
+    sums_ptr,  # (N, parts, 2, C)
+    saved_ptr,  # (2 N + 2, C)
+    weight_ptr,  # (C,)
+    found_ptr,  # (6 + N, C)
     N, C, parts, eps,
     ALIGN_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     C = C // ALIGN_C * ALIGN_C
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inv = tl.rsqrt(tl.load(var_ptr + c, c < C, 1.0) + eps)
+    wide_N = N.to(tl.int64)
+    mean_C, inv = _batch(saved_ptr, wide_N, c, C, eps)
     weight = _vector(weight_ptr, c, c < C, 1.0)
     dweight = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     dbias = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
@@ -258,54 +290,55 @@ def merge_gradients_kernel(
         P = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
         Q = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
         for first in range(0, parts, BLOCK_P):
-            _, offsets, found = _parts(n, first, c, N, C, parts, BLOCK_P)
-            P += tl.sum(tl.load(P_ptr + offsets, found, 0.0), 1)
-            Q += tl.sum(tl.load(Q_ptr + offsets, found, 0.0), 1)
+            _, offsets, found = _parts(n, first, c, N, C, 2 * C, parts, BLOCK_P)
+            P += tl.sum(tl.load(sums_ptr + offsets, found, 0.0), 1)
+            Q += tl.sum(tl.load(sums_ptr + offsets + C, found, 0.0), 1)
         NC = n[:, None] * C + c[None, :]
-        gate = tl.load(gate_NC_ptr + NC, mask, 0.0)
+        gate = tl.load(saved_ptr + wide_N * C + NC, mask, 0.0)
         Q *= gate * inv[None, :]
-        dz = Q * (1 - gate) * weight[None, :]
-        tl.store(dz_NC_ptr + NC, dz, mask)
         dweight += Q
         dbias += P
-        dgate_weight += dz * tl.load(mean_NC_ptr + NC, mask, 0.0)
-        dgate_bias += dz
         gated += gate * P
+        dz = Q * (1 - gate) * weight[None, :]
+        tl.store(found_ptr + 6 * C + NC, dz, mask)
+        dgate_bias += dz
+        dgate_weight += dz * tl.load(saved_ptr + NC, mask, 0.0)
     dweight_C = tl.sum(dweight, 0)
-    tl.store(grads_ptr + c, dweight_C, c < C)
-    tl.store(grads_ptr + C + c, tl.sum(dbias, 0), c < C)
-    tl.store(grads_ptr + 2 * C + c, tl.sum(dgate_weight, 0), c < C)
-    tl.store(grads_ptr + 3 * C + c, tl.sum(dgate_bias, 0), c < C)
-    tl.store(sums_ptr + c, tl.sum(gated, 0) * inv * weight, c < C)
-    tl.store(sums_ptr + C + c, dweight_C * inv * weight, c < C)
+    tl.store(found_ptr + c, dweight_C, c < C)
+    tl.store(found_ptr + C + c, tl.sum(dbias, 0), c < C)
+    tl.store(found_ptr + 2 * C + c, tl.sum(dgate_weight, 0), c < C)
+    tl.store(found_ptr + 3 * C + c, tl.sum(dgate_bias, 0), c < C)
+    tl.store(found_ptr + 4 * C + c, tl.sum(gated, 0) * inv * weight, c < C)
+    tl.store(found_ptr + 5 * C + c, dweight_C * inv * weight, c < C)
 
 
 @triton.jit
 def grad_input_kernel(
     g_ptr, x_ptr, dx_ptr,  # (N, C, H, W)
-    gate_NC_ptr, dz_NC_ptr,  # (N, C)
-    mean_ptr, var_ptr, weight_ptr, bias_ptr, gate_weight_ptr,  # (C,)
-    sums_ptr,  # (2, C), or None where mean and variance are constants
+    saved_ptr,  # (2 N + 2, C)
+    found_ptr,  # (6 + N, C)
+    weight_ptr, bias_ptr, gate_weight_ptr,  # (C,)
     C, L, parts, part, eps, count,
+    BATCH: tl.constexpr,  # False where mean and variance are constants
     ACT: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN_C: tl.constexpr, ALIGN_L: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    C, L, row, n, c, first, last = _place(C, L, parts, part, ALIGN_C, ALIGN_L, BLOCK_C, True)
+    N, C, L, row, n, c, first, last = _place(C, L, parts, part, ALIGN_C, ALIGN_L, BLOCK_C, True)
     NC = n.to(tl.int64) * C + c
-    mean = tl.load(mean_ptr + c, c < C, 0.0)
-    scale = _scale(tl.load(gate_NC_ptr + NC, c < C, 0.0), c, C, var_ptr, weight_ptr, eps)
+    mean, inv = _batch(saved_ptr, N, c, C, eps)
+    scale = _scale(tl.load(saved_ptr + N * C + NC, c < C, 0.0), inv, c, C, weight_ptr)
     bias = _vector(bias_ptr, c, c < C, 0.0)
-    shift = tl.load(dz_NC_ptr + NC, c < C, 0.0) * tl.load(gate_weight_ptr + c, c < C, 0.0).to(tl.float32) / L
+    shift = tl.load(found_ptr + 6 * C + NC, c < C, 0.0) / L
+    shift *= tl.load(gate_weight_ptr + c, c < C, 0.0).to(tl.float32)
     slope = tl.zeros((BLOCK_C,), tl.float32)
-    if sums_ptr is not None:
-        shift -= tl.load(sums_ptr + c, c < C, 0.0) / count
-        inv = tl.rsqrt(tl.load(var_ptr + c, c < C, 1.0) + eps)
-        slope += tl.load(sums_ptr + C + c, c < C, 0.0) / count * inv
+    if BATCH:
+        shift -= tl.load(found_ptr + 4 * C + c, c < C, 0.0) / count
+        slope += tl.load(found_ptr + 5 * C + c, c < C, 0.0) / count * inv
     for start in range(first, last, BLOCK_L):
         offsets, mask = _tile(n, c, start, last, C, L, CHANNELS_LAST, BLOCK_L, WIDE)
         g = tl.load(g_ptr + offsets, mask, 0.0).to(tl.float32)
         dx = shift[None, :]
-        if (sums_ptr is not None) or ACT != "":
+        if BATCH or ACT != "":
             d = tl.load(x_ptr + offsets, mask, 0.0).to(tl.float32) - mean[None, :]
             dx -= d * slope[None, :]
             if ACT != "":
