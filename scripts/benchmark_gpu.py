@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import date
 from functools import partial
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +85,14 @@ def _add_and_relu(norm: nn.BatchNorm2d, x: torch.Tensor, residual: torch.Tensor)
     return F.relu(norm(x) + residual, inplace=True)
 
 
-def layer_rows(bench: Bench, shapes: list[tuple[int, ...]]) -> Iterator[Row]:
-    """Layers in training: forward and backward against batch norm, and each as a share of what a copy reaches."""
+def layer_rows(bench: Bench, shapes: list[tuple[int, ...]], graphs: bool = False) -> Iterator[Row]:
+    """Layers in training: forward and backward against batch norm, and each as a share of what a copy reaches.
+
+    With `graphs`, the GPU's part alone, against batch norm.
+    """
+    wrap, how = (_captured, ", CUDA graph") if graphs else (lambda step: step, "")
     for shape, dtype, layout in product(shapes, (torch.bfloat16, torch.float32), LAYOUTS):
-        kind = f"{shape} {str(dtype)[6:]} {LAYOUTS[layout]}"
+        kind = f"{shape} {str(dtype)[6:]} {LAYOUTS[layout]}{how}"
         x, residual, grad = (
             torch.randn(shape, device=bench.device, dtype=dtype).contiguous(memory_format=layout) for _ in range(3)
         )
@@ -96,16 +100,17 @@ def layer_rows(bench: Bench, shapes: list[tuple[int, ...]]) -> Iterator[Row]:
         x.requires_grad_(), residual.requires_grad_()
         bn, gated = (norm(shape[1]).to(bench.device) for norm in (nn.BatchNorm2d, timm_iebn.IEBN2d))
         steps = (partial(_step, norm, [x], norm, grad) for norm in (bn, gated))
-        yield bench.compare(f"layer {kind}: batch norm, IEBN", *steps)
-        backward = partial(torch.autograd.grad, gated(x), [x, *gated.parameters()], grad, retain_graph=True)
-        for name, run, tensors in (("forward", partial(gated, x), 3), ("backward", backward, 5)):
-            row = bench.compare(f"{name} {kind}: copy, IEBN", copy, run)
-            yield row | dict(share_of_copy=tensors / 2 / row["ratio"], megabytes=x.numel() * x.element_size() / 1e6)
+        yield bench.compare(f"layer {kind}: batch norm, IEBN", *map(wrap, steps))
+        if not graphs:
+            backward = partial(torch.autograd.grad, gated(x), [x, *gated.parameters()], grad, retain_graph=True)
+            for name, run, tensors in (("forward", partial(gated, x), 3), ("backward", backward, 5)):
+                row = bench.compare(f"{name} {kind}: copy, IEBN", copy, run)
+                yield row | dict(share_of_copy=tensors / 2 / row["ratio"], megabytes=x.numel() * x.element_size() / 1e6)
         fused = partial(gated.normalize, act="relu")
         yield bench.compare(
             f"with addition and ReLU {kind}: batch norm, IEBN",
-            partial(_step, partial(_add_and_relu, bn), [x, residual], bn, grad),
-            partial(_step, fused, [x, residual], gated, grad),
+            wrap(partial(_step, partial(_add_and_relu, bn), [x, residual], bn, grad)),
+            wrap(partial(_step, fused, [x, residual], gated, grad)),
         )
 
 
@@ -205,22 +210,23 @@ def main() -> int:
         few = Bench("cuda", args.repeats, loops=2)  # of what takes long
         work = [
             layer_rows(bench, LAYERS),
+            layer_rows(bench, LAYERS, graphs=True),
             formula_rows(bench, (256, 256, 56, 56)),
             network_rows(few, NETWORKS, 256, 224),
             network_rows(few, ["resnet164_cifar"], 128, 32),
             network_rows(few, ["resnet164_cifar"], 128, 32, graphs=True),
         ]
         device = torch.cuda.get_device_name()
-    rows = []
-    with timm_iebn.backend(chosen):
-        for part in work:
-            for row in part:
-                rows.append(row)
-                print(f"{row['name']}: {row['ratio']:.2f}", flush=True)
     versions = dict(torch=torch.__version__, triton=triton.__version__, timm=timm.__version__)
     environment = dict(device=device, date=str(date.today()), **versions, python=platform.python_version())
-    args.output.with_suffix(".md").write_text(markdown(rows, environment))
-    args.output.with_suffix(".json").write_text(json.dumps(dict(environment=environment, rows=rows), indent=1))
+    rows = []
+    with timm_iebn.backend(chosen):
+        for row in chain.from_iterable(work):
+            rows.append(row)
+            print(f"{row['name']}: {row['ratio']:.2f}", flush=True)
+            # each time, so that what stops it in the middle takes nothing
+            args.output.with_suffix(".md").write_text(markdown(rows, environment))
+            args.output.with_suffix(".json").write_text(json.dumps(dict(environment=environment, rows=rows), indent=1))
     return 0
 
 

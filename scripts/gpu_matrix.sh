@@ -5,7 +5,8 @@
 #   OUTPUT=h200 scripts/gpu_matrix.sh --repeats 50
 set -euo pipefail
 cd "$(dirname "$0")/.."
-python -m pytest -n 4 tests/test_{triton,triton_gpu,backend,fused}.py
+python -m pytest -n 8 -k "not 32_bits" tests/test_{triton,triton_gpu,backend,fused}.py
+python -m pytest -n 0 -k 32_bits tests/test_triton_gpu.py # each takes 20 GB
 if command -v compute-sanitizer >/dev/null; then
     # without torch's own pool of memory, in which a read past a tensor's end would go unseen
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 python -m pytest -n 0 tests/test_triton.py \

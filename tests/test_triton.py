@@ -147,6 +147,7 @@ def test_the_operator_is_well_formed(training, residual, act, layout):
     torch.library.opcheck(custom.iebn_op, settings(training, residual, act, layout))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # of torch's own code
 @pytest.mark.parametrize("training", [True, False])
 def test_compiled_it_is_one_graph_with_the_operator(training):
     (x, *params), grad = draw((2, 8, 6, 5))
