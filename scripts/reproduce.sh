@@ -3,7 +3,9 @@
 # continues the whole list.
 #
 #   scripts/reproduce.sh                                    one after the other
-#   JOBS=4 scripts/reproduce.sh precision=bf16              four side by side on one card, with a change to the recipe
+#   JOBS=12 scripts/reproduce.sh precision=bf16 compile=true compile_mode=reduce-overhead
+#                                                           twelve side by side on one card, with changes to the recipe
+#                                                           (small networks want `nvidia-cuda-mps-control -d` first)
 #   RECIPE=cifar100_modern MODELS=resnet164_cifar NORMS="- _iebn" scripts/reproduce.sh      by another recipe
 #   DATA_DIR=/data/cifar100 scripts/reproduce.sh            with a copy of the data in place of the Hub's
 #   MODELS="resnet20_cifar" SEEDS=0 scripts/reproduce.sh epochs=1 milestones=[]     one short pass
