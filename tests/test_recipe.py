@@ -46,6 +46,8 @@ def test_overrides_win_over_the_file():
         ("lr=.inf", "lr: must be more than 0, got inf"),
         ("mixup=.nan", "mixup: must not be negative, got nan"),
         ("milestones=[4, 3]", r"milestones: expected epochs in order, got \[4, 3\]"),
+        ("compile_mode=fast", "compile_mode: must be one of default, reduce-overhead, .*, got 'fast'"),
+        ("compile_mode=reduce-overhead", "compile_mode: 'reduce-overhead' is of use with compile: true only"),
         ("grad_accumulation=7", "grad_accumulation: 7 does not divide batch_size 128"),
         ("model_args=[1]", "model_args: expected a mapping, as .*, got"),
         ("seed", "'seed': overrides are written key=value"),
@@ -60,6 +62,13 @@ def test_overrides_win_over_the_file():
 def test_a_bad_override_is_named(override, message):
     with pytest.raises(RecipeError, match=message):
         load_recipe(RECIPES[0], [override])
+
+
+def test_cuda_graphs_do_not_accumulate_gradients():
+    graphs = ["compile=true", "compile_mode=reduce-overhead"]
+    load_recipe(RECIPES[0], graphs)
+    with pytest.raises(RecipeError, match="overwrite the gradients that grad_accumulation 2 adds up: use default"):
+        load_recipe(RECIPES[0], [*graphs, "grad_accumulation=2"])
 
 
 GOOD = "model: resnet20_cifar\ndata: digits\n"

@@ -13,6 +13,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from accelerate.utils import is_compiled_module
 from packaging.version import Version
 from torch import nn
 from training import ENVIRONMENT, SHORT, image_folder, log, run, weights
@@ -228,7 +229,7 @@ def test_averaged_weights_are_what_is_saved_and_evaluated(uninterrupted):
         ["precision=bf16", "epochs=1", "clip_grad=1.0", "label_smoothing=0.1", "cutmix=1.0"],
         ["grad_accumulation=4", "opt=sgd", "sched=cosine", "warmup_epochs=1", "min_lr=0.001"],
         ["grad_checkpointing=true", "model_args={drop_path_rate: 0.1}", "channels_last=false", "decay_norms=false"],
-        ["compile=true", "epochs=1"],
+        ["compile=true", "compile_mode=reduce-overhead", "epochs=1"],
     ],
     ids=" ".join,
 )
@@ -345,6 +346,14 @@ def test_a_worker_that_breaks_off_in_a_batch_has_died(tmp_path, monkeypatch, err
     monkeypatch.setattr(DupFd, "detach", detach)
     with pytest.raises(TrainingError, match=f"has died .*{type(error).__name__}"):
         trainer.fit()
+
+
+def test_each_run_of_a_process_is_compiled_as_its_recipe_says(tmp_path):
+    modes = dict(compile=True, compile_mode="reduce-overhead"), dict(compile=True), {}
+    for i, (asked, expected) in enumerate(zip(modes, ("reduce-overhead", "default", None), strict=True)):
+        trainer = Trainer(Recipe(model="resnet20_cifar", data="digits", **asked), tmp_path / f"out{i}")
+        assert is_compiled_module(trainer.workload.model) == bool(expected)
+        assert trainer.accelerator.state.dynamo_plugin.mode == (expected or "default")
 
 
 @pytest.mark.parametrize("compile", [False, True])

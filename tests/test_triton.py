@@ -130,6 +130,38 @@ def test_a_plane_in_parts_gives_the_bits_of_a_repeat(layout):
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize("momentum", [0.3, 1.0, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("apart", [False, True], ids=["dense", "strided"])
+def test_running_statistics_follow_as_in_batch_norm(momentum, dtype, apart):
+    """Also from values that are far away, and autograd sees that they are no longer what they were."""
+    layers = [kind(3, momentum=momentum).to(DEVICE) for kind in (timm_iebn.IEBN2d, torch.nn.BatchNorm2d)]
+    for layer in layers:
+        for name, start in (("running_mean", -1e5), ("running_var", 1e9)):
+            wide = torch.full((6,), start, dtype=dtype, device=DEVICE)
+            setattr(layer, name, wide[::2] if apart else wide[:3])
+    for _ in range(2):
+        x = 1e-3 * torch.randn(4, 3, 5, 5, device=DEVICE)
+        versions = layers[0].running_mean._version, layers[0].running_var._version
+        with backend("triton"):
+            layers[0](x)
+        layers[1].to(torch.float64)(x.double())
+        assert layers[0].running_mean._version > versions[0] and layers[0].running_var._version > versions[1]
+    for name in ("running_mean", "running_var"):
+        found, expected = (getattr(layer, name) for layer in layers)
+        assert found.dtype == dtype
+        eps = torch.finfo(dtype).eps
+        left = 1e9 * eps * (momentum == 0.3)  # the rounding of what was; a share of 1 leaves nothing of it
+        torch.testing.assert_close(found.double(), expected, rtol=4 * eps + 1e-5, atol=left + 1e-9)
+
+
+def test_gradients_of_parameters_hold_on_to_nothing_of_the_size_of_the_batch():
+    layer = timm_iebn.IEBN2d(8).to(DEVICE)
+    with backend("triton"):
+        layer(torch.randn(64, 8, 2, 2, device=DEVICE)).sum().backward()
+    assert all(p.grad.untyped_storage().nbytes() <= 6 * 8 * 4 for p in layer.parameters())
+
+
 def settings(training=True, residual=True, act="relu", layout=torch.channels_last):
     (x, *params), _ = draw((2, 8, 6, 5))
     tensors = [t.float().to(DEVICE).requires_grad_() for t in (x.contiguous(memory_format=layout), *params)]

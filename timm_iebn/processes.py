@@ -56,10 +56,12 @@ def create_training_accelerator(recipe: Recipe, project_dir: Path, trackers: Seq
     accelerator = create_accelerator(
         mixed_precision=recipe.precision,
         gradient_accumulation_steps=recipe.grad_accumulation,
-        dynamo_plugin=TorchDynamoPlugin("inductor" if recipe.compile else "no", mode=recipe.compile_mode),
         log_with=list(trackers) or None,
         project_dir=project_dir,
     )
+    # given to its constructor, that of a process's first run would hold for all
+    compiler = TorchDynamoPlugin("inductor" if recipe.compile else "no", mode=recipe.compile_mode)
+    accelerator.state.dynamo_plugin = compiler
     if (parts := accelerator.gradient_accumulation_steps) != recipe.grad_accumulation:
         raise RecipeError(f"grad_accumulation: the environment of accelerate says {parts}; the recipe must decide")
     if recipe.precision == "fp16" and accelerator.device.type == "cpu":

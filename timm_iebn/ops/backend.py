@@ -3,9 +3,12 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 
 import torch
 from torch import Tensor
+
+from . import cpu, passes
 
 try:
     from . import triton
@@ -99,3 +102,8 @@ def uses_triton(x: Tensor) -> bool:
         return False
     # who forces it sees Triton's own error, and who compiles needs Triton anyway
     return _chosen == "triton" or torch.compiler.is_compiling() or _triton_works(x.device)
+
+
+def passes_for(x: Tensor) -> ModuleType:
+    """The module whose four passes are to take `x`, which Triton does not."""
+    return cpu if cpu.supports(x) else passes

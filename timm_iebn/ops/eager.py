@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import cpu, passes
 from .activations import ACTIVATIONS
+from .backend import passes_for
 from .layouts import like
 from .reference import iebn_reference, update_running, wide_dtype
 
@@ -51,7 +52,7 @@ class _IEBN(torch.autograd.Function):
         eps: float,
         group: dist.ProcessGroup | None,
     ) -> Tensor:
-        backend, params = cpu if cpu.supports(x) else passes, (weight, bias, gate_weight, gate_bias)
+        backend, params = passes_for(x), (weight, bias, gate_weight, gate_bias)
         # 0 says to `backward` that mean and var are constants
         count = x.shape[0] * x.shape[2] * x.shape[3] if batch else 0
         mean = var = None

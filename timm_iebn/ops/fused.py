@@ -65,14 +65,14 @@ def backward(
         x = x.resolve_neg().contiguous()
     g = like(g, x)
     dresidual = triton.residual_gradient(x, residual, result)
-    found = triton.reduce(g, x, saved, eps, weight, bias, residual, result, dresidual, act)
+    found, dz = triton.reduce(g, x, saved, eps, weight, bias, residual, result, dresidual, act)
     if dresidual is not None:  # the gradient before the activation, which so is done with
         g, act = dresidual, ""
     dx = None
     if needs_dx:
         if group is not None:
             dist.all_reduce(found[4:6], group=group)
-        dx = triton.grad_input(g, x, saved, found, eps, weight, gate_weight, count, bias, act)
+        dx = triton.grad_input(g, x, saved, found, dz, eps, weight, gate_weight, count, bias, act)
     return dx, g, found
 
 

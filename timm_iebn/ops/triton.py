@@ -16,14 +16,14 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from . import triton_kernels as kernels
 from .activations import FROM_RESULT
 from .layouts import is_channels_last, is_dense, like
-from .reference import update_running
 
 _TILE = 4096  # values that a program holds at once
-_WARPS = 8  # that hold them: with half as many, planes of odd size, read value by value, overflow the registers
+_WARPS = 8  # that hold them, and what merging adds up: with half as many, registers overflow (planes of odd size)
 _PROGRAMS = 8  # for each multiprocessor, before planes are cut in parts
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as the kernels are, from their import on
 
@@ -130,14 +130,16 @@ def statistics(
     given = (None, None) if batch else (_dense(running_mean), _dense(running_var))
     _launch(x, kernels.statistics_kernel, grid.programs, x, means, squares, *given, saved, *grid.shape, **grid.blocks)
     if batch or grid.parts > 1:
-        followers = running_mean, running_var
-        in_place = batch and running_mean is not None and all(v.is_contiguous() and not v.is_neg() for v in followers)
-        tensors = means, squares, *(followers if in_place else (None, None)), saved
+        followers = (running_mean, running_var) if batch and running_mean is not None else ()
+        dense = [*map(_dense, followers)]
+        tensors = means, squares, *(dense or (None, None)), saved
         merge = kernels.merge_statistics_kernel
         _launch(x, merge, grid.merge_programs, *tensors, n, *grid.shape, momentum, **grid.merge_blocks)
-        if batch and running_mean is not None and not in_place:
-            count = x.numel() // c
-            update_running(*followers, saved[-2], saved[-1] * (count / (count - 1)), momentum)
+        for follower, moved in zip(followers, dense, strict=True):
+            if moved is follower:
+                increment_version(follower)  # autograd does not see what kernels write
+            else:
+                follower.copy_(moved)
     return saved
 
 
@@ -173,9 +175,9 @@ def reduce(
     result: Tensor | None = None,
     dresidual: Tensor | None = None,
     act: str = "",
-) -> Tensor:
-    """`found`. The input of `act` is found from `result`, or from `bias` and `residual`; `dresidual` is filled with the
-    gradient of that input, if it is given.
+) -> tuple[Tensor, Tensor]:
+    """`found` and `dz`. The input of `act` is found from `result`, or from `bias` and `residual`; `dresidual` is filled
+    with the gradient of that input, if it is given.
     """
     n, c = x.shape[:2]
     grid = _grid(x)
@@ -184,10 +186,10 @@ def reduce(
     sums = saved.new_empty(n, grid.parts, 2, c)
     tensors = g, x, result, residual, dresidual, saved, weight, bias, sums
     _launch(x, kernels.reduce_kernel, grid.programs, *tensors, *grid.shape, eps, ACT=act, **grid.blocks)
-    found = saved.new_empty(6 + n, c)
-    merge = kernels.merge_gradients_kernel
-    _launch(x, merge, grid.merge_programs, sums, saved, weight, found, n, c, grid.parts, eps, **grid.merge_blocks)
-    return found
+    found, dz = saved.new_empty(6, c), saved.new_empty(n, c)
+    merge, tensors = kernels.merge_gradients_kernel, (sums, saved, weight, found, dz)
+    _launch(x, merge, grid.merge_programs, *tensors, n, c, grid.parts, eps, **grid.merge_blocks)
+    return found, dz
 
 
 def grad_input(
@@ -195,6 +197,7 @@ def grad_input(
     x: Tensor,
     saved: Tensor,
     found: Tensor,
+    dz: Tensor,
     eps: float,
     weight: Tensor | None,
     gate_weight: Tensor,
@@ -202,8 +205,9 @@ def grad_input(
     bias: Tensor | None = None,
     act: str = "",
 ) -> Tensor:
-    """The gradient of `x`. Sums in `found` are over `count` values per channel; a `count` of 0 says that mean and
-    variance are constants. With `act`, `g` is the gradient of its result, and its input is found from `bias`.
+    """The gradient of `x`. Sums in `found` are over `count` values per channel, by which a `count` that is a tensor
+    divides them in place; a `count` of 0 says that mean and variance are constants. With `act`, `g` is the gradient of
+    its result, and its input is found from `bias`.
     """
     grid = _grid(x)
     dx = torch.empty_like(x)
@@ -211,7 +215,7 @@ def grad_input(
         found[4:6] /= count
         count = 1.0
     vectors = _dense(weight), _dense(bias), _dense(gate_weight)
-    tensors, batch = (g, x, dx, _dense(saved), found, *vectors), count != 0
+    tensors, batch = (g, x, dx, _dense(saved), found, dz, *vectors), count != 0
     scalars = *grid.shape, eps, float(count)
     _launch(x, kernels.grad_input_kernel, grid.programs, *tensors, *scalars, BATCH=batch, ACT=act, **grid.blocks)
     return dx

@@ -4,9 +4,9 @@ Each program of a pass takes one image, a block of channels and one of `parts` p
 find is merged by a small kernel, in a fixed order, so that results repeat bit for bit.
 
 Two tensors of float32 go from kernel to kernel, because each argument of a launch costs the host time. `saved`,
-(2 N + 2, C): instance means, gates, and mean and variance of the batch. `found`, (6 + N, C): the gradients of weight,
-bias, gate_weight and gate_bias, the two sums through which mean and variance reach the input's, and the gradients of
-what is under the sigmoids.
+(2 N + 2, C): instance means, gates, and mean and variance of the batch. `found`, (6, C): the gradients of weight, bias,
+gate_weight and gate_bias, and the two sums through which mean and variance reach the input's. The gradients of what is
+under the sigmoids, `dz`, (N, C), are apart from it, because those of the parameters stay when backward is done.
 """
 
 import triton
@@ -148,11 +148,13 @@ def statistics_kernel(
 
 @triton.jit
 def _follow(pointers, values, momentum, mask):
-    """Moves a running statistic by `momentum` towards `values`, in float32 or wider."""
+    """Gives `values` the share `momentum` in a running statistic, in float32 or wider; a share of 1 leaves no trace of
+    what was, however large.
+    """
     old = tl.load(pointers, mask, 0.0)
     if old.dtype != tl.float64:
         old = old.to(tl.float32)
-    tl.store(pointers, old + momentum * (values - old), mask)
+    tl.store(pointers, old * (1 - momentum) + values * momentum, mask)
 
 
 @triton.jit(do_not_specialize=["N", "parts"])  # which change with the batch
@@ -270,7 +272,8 @@ def merge_gradients_kernel(
     sums_ptr,  # (N, parts, 2, C)
     saved_ptr,  # (2 N + 2, C)
     weight_ptr,  # (C,)
-    found_ptr,  # (6 + N, C)
+    found_ptr,  # (6, C)
+    dz_ptr,  # (N, C)
     N, C, parts, eps,
     ALIGN_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -300,7 +303,7 @@ def merge_gradients_kernel(
         dbias += P
         gated += gate * P
         dz = Q * (1 - gate) * weight[None, :]
-        tl.store(found_ptr + 6 * C + NC, dz, mask)
+        tl.store(dz_ptr + NC, dz, mask)
         dgate_bias += dz
         dgate_weight += dz * tl.load(saved_ptr + NC, mask, 0.0)
     dweight_C = tl.sum(dweight, 0)
@@ -316,7 +319,8 @@ def merge_gradients_kernel(
 def grad_input_kernel(
     g_ptr, x_ptr, dx_ptr,  # (N, C, H, W)
     saved_ptr,  # (2 N + 2, C)
-    found_ptr,  # (6 + N, C)
+    found_ptr,  # (6, C)
+    dz_ptr,  # (N, C)
     weight_ptr, bias_ptr, gate_weight_ptr,  # (C,)
     C, L, parts, part, eps, count,
     BATCH: tl.constexpr,  # False where mean and variance are constants
@@ -328,7 +332,7 @@ def grad_input_kernel(
     mean, inv = _batch(saved_ptr, N, c, C, eps)
     scale = _scale(tl.load(saved_ptr + N * C + NC, c < C, 0.0), inv, c, C, weight_ptr)
     bias = _vector(bias_ptr, c, c < C, 0.0)
-    shift = tl.load(found_ptr + 6 * C + NC, c < C, 0.0) / L
+    shift = tl.load(dz_ptr + NC, c < C, 0.0) / L
     shift *= tl.load(gate_weight_ptr + c, c < C, 0.0).to(tl.float32)
     slope = tl.zeros((BLOCK_C,), tl.float32)
     if BATCH:
