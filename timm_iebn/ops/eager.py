@@ -142,6 +142,18 @@ def reference_grads(
     return grads
 
 
+def call(function: type[torch.autograd.Function], inputs: Sequence[Tensor | None], *rest: Any) -> Tensor:
+    """`function`, whose `forward` takes no context where none of `inputs` is to be differentiated: to apply it costs as
+    much as a small layer.
+    """
+    if not torch.is_grad_enabled():
+        return function.forward(None, *inputs, *rest)
+    if any([t is not None and t.requires_grad for t in inputs]):  # a generator would take longer
+        return function.apply(*inputs, *rest)
+    with torch.no_grad():
+        return function.forward(None, *inputs, *rest)
+
+
 def iebn_eager(
     x: Tensor,
     weight: Tensor | None,
@@ -161,10 +173,4 @@ def iebn_eager(
     """
     batch = training or running_mean is None
     inputs = x, weight, bias, gate_weight, gate_bias
-    args = (*inputs, running_mean, running_var, batch, momentum, eps, group if batch else None)
-    if not torch.is_grad_enabled():
-        return _IEBN.forward(None, *args)  # an autograd.Function costs as much as a small layer
-    if any(t is not None and t.requires_grad for t in inputs):
-        return _IEBN.apply(*args)
-    with torch.no_grad():
-        return _IEBN.forward(None, *args)
+    return call(_IEBN, inputs, running_mean, running_var, batch, momentum, eps, group if batch else None)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import triton
-from .eager import merge_statistics, of_params, reference_grads
+from .eager import call, merge_statistics, of_params, reference_grads
 from .layouts import like
 from .reference import update_running
 
@@ -123,10 +123,4 @@ def iebn_fused(
     """As `iebn_eager`, for `x` that `uses_triton`; a `residual` like it is added, and `act` applied behind."""
     batch = training or running_mean is None
     inputs = x, weight, bias, gate_weight, gate_bias, residual
-    args = (*inputs, running_mean, running_var, batch, momentum, eps, group if batch else None, act)
-    if not torch.is_grad_enabled():
-        return _Fused.forward(None, *args)
-    if any([t is not None and t.requires_grad for t in inputs]):
-        return _Fused.apply(*args)
-    with torch.no_grad():
-        return _Fused.forward(None, *args)
+    return call(_Fused, inputs, running_mean, running_var, batch, momentum, eps, group if batch else None, act)
