@@ -142,16 +142,28 @@ def reference_grads(
     return grads
 
 
-def call(function: type[torch.autograd.Function], inputs: Sequence[Tensor | None], *rest: Any) -> Tensor:
+def call(
+    function: type[torch.autograd.Function],
+    inputs: Sequence[Tensor | None],
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    group: dist.ProcessGroup | None,
+    *rest: Any,
+) -> Tensor:
     """`function`, whose `forward` takes no context where none of `inputs` is to be differentiated: to apply it costs as
     much as a small layer.
     """
+    batch = training or running_mean is None
+    args = (*inputs, running_mean, running_var, batch, momentum, eps, group if batch else None, *rest)
     if not torch.is_grad_enabled():
-        return function.forward(None, *inputs, *rest)
+        return function.forward(None, *args)
     if any([t is not None and t.requires_grad for t in inputs]):  # a generator would take longer
-        return function.apply(*inputs, *rest)
+        return function.apply(*args)
     with torch.no_grad():
-        return function.forward(None, *inputs, *rest)
+        return function.forward(None, *args)
 
 
 def iebn_eager(
@@ -171,6 +183,5 @@ def iebn_eager(
 
     Differentiable twice, the second time through the reference; not with `group`.
     """
-    batch = training or running_mean is None
     inputs = x, weight, bias, gate_weight, gate_bias
-    return call(_IEBN, inputs, running_mean, running_var, batch, momentum, eps, group if batch else None)
+    return call(_IEBN, inputs, running_mean, running_var, training, momentum, eps, group)

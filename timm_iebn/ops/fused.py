@@ -121,6 +121,5 @@ def iebn_fused(
     act: str = "",
 ) -> Tensor:
     """As `iebn_eager`, for `x` that `uses_triton`; a `residual` like it is added, and `act` applied behind."""
-    batch = training or running_mean is None
     inputs = x, weight, bias, gate_weight, gate_bias, residual
-    return call(_Fused, inputs, running_mean, running_var, batch, momentum, eps, group if batch else None, act)
+    return call(_Fused, inputs, running_mean, running_var, training, momentum, eps, group, act)

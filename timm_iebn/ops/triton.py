@@ -48,20 +48,16 @@ def _grid(x: Tensor) -> _Grid:
     return _grid_of(n, c, h * w, is_channels_last(x), x.device.index if x.is_cuda else None)
 
 
-def _tile(c: int, size: int, channels_last: bool) -> tuple[int, int]:
-    """The channels and the pixels that a program holds at once."""
+@lru_cache(maxsize=4096)
+def _grid_of(n: int, c: int, size: int, channels_last: bool, cuda_device: int | None) -> _Grid:
     if channels_last:
         # whole lines of memory, but few idle lanes
         block_c = min((128, 64, 32), key=lambda block: (triton.cdiv(c, block) * block, -block))
         block_c = min(block_c, triton.next_power_of_2(c))
-        return block_c, min(_TILE // block_c, triton.next_power_of_2(size))
-    block_l = min(1024, triton.next_power_of_2(size))
-    return min(_TILE // block_l, triton.next_power_of_2(c)), block_l
-
-
-@lru_cache(maxsize=4096)
-def _grid_of(n: int, c: int, size: int, channels_last: bool, cuda_device: int | None) -> _Grid:
-    block_c, block_l = _tile(c, size, channels_last)
+        block_l = min(_TILE // block_c, triton.next_power_of_2(size))
+    else:
+        block_l = min(1024, triton.next_power_of_2(size))
+        block_c = min(_TILE // block_l, triton.next_power_of_2(c))
     rows = n * triton.cdiv(c, block_c)
     properties = None if cuda_device is None else torch.cuda.get_device_properties(cuda_device)
     wanted = _PROGRAMS * (properties.multi_processor_count if properties else 2)
