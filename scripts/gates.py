@@ -2,11 +2,12 @@
 
     python scripts/gates.py MODEL [--data NAME] [--data-dir FOLDER] [--output gates]
 
-MODEL is a registered name, a model folder, or hf-hub:ID. Writes gates.md, a table, and gates.png: the gates of the test
-images by layer and class; and the accuracy with every gate frozen at its mean over about 5000 training images, where
-IEBN is a batch norm. Its running statistics are those of the gated network, so the accuracy with statistics of these
-images is shown too, for the network as trained as well. No weight is trained again: what is lost says how much this
-network relies on its gates; what they are worth in training is its difference from a batch-norm twin.
+MODEL is a registered name, a model folder, or hf-hub:ID. Writes gates.md, a table with the versions that made it, and
+gates.png: the gates of the test images by layer and class; and the accuracy with every gate frozen at its mean over
+about 5000 training images, where IEBN is a batch norm. Its running statistics are those of the gated network, so the
+accuracy with statistics of these images is shown too, for the network as trained as well. No weight is trained again:
+what is lost says how much this network relies on its gates; what they are worth in training is its difference from a
+batch-norm twin.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from timm_iebn.evaluate import evaluate
 from timm_iebn.gates import collect_gates, freeze_gates, plot_gates, summary
 from timm_iebn.layers import NEUTRAL_GATE
 from timm_iebn.loaders import make_loader, make_share
+from timm_iebn.model_folder import environment
 from timm_iebn.processes import create_accelerator
 from timm_iebn.recipe import RecipeError
 from timm_iebn.validate import open_network
@@ -74,9 +76,9 @@ def main() -> int:
     for row in rows:
         numbers = (f"{row[key]:.3f}" for key in ("mean", "low", "high", "spread", "class_share"))
         lines.append(f"| {row['layer']} | {' | '.join(numbers)} |")
-    text = "\n".join(lines) + "\n"
-    Path(f"{args.output}.md").write_text(f"{text}\n![Gates]({args.output.name}.png)\n")
-    print(text)
+    print("\n".join(lines))
+    lines += ["", f"![Gates]({args.output.name}.png)", "", "```", environment(accelerator.device) + "```"]
+    Path(f"{args.output}.md").write_text("\n".join(lines) + "\n")
     return 0
 
 

@@ -11,7 +11,7 @@
 #   MODELS="resnet20_cifar" SEEDS=0 scripts/reproduce.sh epochs=1 milestones=[]     one short pass
 #
 # Finished runs are left alone, so that the same command goes on after a stop. Results are in OUTPUT (default: output/),
-# with what each run said in MODEL-seedN.log; their table is printed at the end. It calls the active environment's
+# with what each run said in MODEL.RECIPE_seedN.txt; their table is printed at the end. It calls the active environment's
 # python; paths count from the repository.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -22,12 +22,12 @@ export OUTPUT=${OUTPUT:-output} DATA_DIR=${DATA_DIR:-} RECIPE=${RECIPE:-cifar100
 mkdir -p "$OUTPUT"
 
 run() {
-    local model=$1 seed=$2
+    local model=$1 seed=$2 log="$OUTPUT/$1.${RECIPE}_seed$2.txt"
     shift 2
     echo "$model seed $seed: $(date -u +%H:%M)"
     python scripts/train.py --recipe "zoo/recipes/$RECIPE.yaml" --resume \
-        --output-root "$OUTPUT" "model=$model" "seed=$seed" "$@" >>"$OUTPUT/$model-seed$seed.log" 2>&1 ||
-        { echo "$model seed $seed stopped: $(tail -n 1 "$OUTPUT/$model-seed$seed.log"); see $OUTPUT/$model-seed$seed.log"; exit 1; }
+        --output-root "$OUTPUT" "model=$model" "seed=$seed" "$@" >>"$log" 2>&1 ||
+        { echo "$model seed $seed stopped: $(tail -n 1 "$log"); see $log"; exit 1; }
 }
 export -f run
 

@@ -5,7 +5,7 @@
 Several studies are worked on by turns, one seed of each after the other. Stopped at any moment, the same command goes
 on. Runs are made in output/studies/; what documents them goes to the study's folder as they end. A run whose
 very recipe the zoo or another study has made already is taken from there.
-With --again no run that the repository holds is: they are made anew, and kept with the table and curves in FOLDER/NAME.
+With --again all runs are made anew, in FOLDER/NAME, with the table and curves; what studies share is made once.
 """
 
 import argparse
@@ -68,11 +68,11 @@ class Queue:
         self.report(study)
 
     def report(self, study: Study) -> None:
-        """Writes what the study's logs say; a damaged one is no reason to stop the other runs."""
+        """Writes what the study's logs say; that it can't is no reason to stop the other runs."""
         with self.writing:
             try:
                 write_report(study)
-            except ValueError as e:
+            except (OSError, RuntimeError, ValueError) as e:  # CheckpointError is the second
                 self.failed = True
                 print(f"study.py: {e}", file=sys.stderr)
 
@@ -81,8 +81,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("studies", nargs="+", type=Path)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--output", type=Path, default=Path("output") / "studies")
-    parser.add_argument("--again", type=Path, metavar="FOLDER", help="make all runs anew, and keep them there")
+    parser.add_argument(
+        "--output", type=Path, help="where runs are made (default: output/studies, or FOLDER of --again)"
+    )
+    parser.add_argument("--again", type=Path, metavar="FOLDER", help="make all runs anew, there")
     add_data_dir(parser)
     parser.add_argument("--mix-data-dir", default="", help="for scripts/train.py")
     args = parser.parse_args()
@@ -94,7 +96,8 @@ def main() -> int:
         return 2
     todo.sort(key=lambda pair: pair[0].seeds.index(pair[1].seed))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.jobs)))
-    queue = Queue(todo, args.output, ["--data-dir", args.data_dir, "--mix-data-dir", args.mix_data_dir])
+    output = args.output or args.again or Path("output") / "studies"
+    queue = Queue(todo, output, ["--data-dir", args.data_dir, "--mix-data-dir", args.mix_data_dir])
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(queue.make, range(len(todo))))
     for study in studies:

@@ -137,5 +137,5 @@ def test_one_command_starts_or_continues_the_whole_list(tmp_path):
         assert result.returncode == 0, result.stdout + result.stderr
     for model in ("resnet20_cifar", "resnet20_cifar_iebn"):
         assert (tmp_path / f"{model}.digits_1epochs_seed0" / "model.safetensors").exists()
-        said = (tmp_path / f"{model}-seed0.log").read_text()
+        said = (tmp_path / f"{model}.cifar100_authors_seed0.txt").read_text()
         assert said.count("epoch   1/1") == 1 and said.count("on the test split") == 2, said

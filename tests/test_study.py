@@ -179,14 +179,14 @@ def test_again_makes_all_runs_anew_elsewhere(tmp_path):
     for run in study.runs:
         write_run(folder / "runs" / run.name, load_recipe(study.recipe_path, run.overrides))
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    again = [folder, "--output", tmp_path / "output", "--again", tmp_path / "again"]
-    result = run_script(*again, cwd=tmp_path, script="study.py")
+    result = run_script(folder, "--again", tmp_path / "again", cwd=tmp_path, script="study.py")
     assert result.returncode == 0, result.stderr
     assert result.stdout == "1/2 trial: plain.batch_norm.seed3\n2/2 trial: plain.IEBN.seed3\n"
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     made = load_study(folder, tmp_path / "again")
     assert all(made.log(run)[-1]["test_loss"] > 0 for run in made.runs)
     text = (tmp_path / "again" / "trial" / "README.md").read_text()
+    assert not (tmp_path / "output").exists()  # where there may be runs made before
     assert "2 of 2 runs are made" in text and text.count("(one seed)") == 2
     (made.folder / "runs" / "plain.IEBN.seed3" / "log.csv").unlink()
     assert f"study.py zoo/studies/trial --again {tmp_path / 'again'}" in report(made)
@@ -230,19 +230,20 @@ def test_no_run_is_taken_that_is_another_or_is_not_whole(tmp_path):
 
 def test_a_stop_reaches_the_runs_and_the_same_command_goes_on(tmp_path):
     folder = write_study(tmp_path, seeds=[0], rows=dict(plain=dict(epochs=6)))
-    output = tmp_path / "output" / "trial"
-    arguments = [folder, "--output", output.parent]
+    output = tmp_path / "again" / "trial"
+    arguments = [folder, "--again", output.parent]
     with started(*arguments, script="study.py") as process:
         wait_for("plain.batch_norm.seed0.run/0*.safetensors", output, process)
         process.terminate()
         assert process.wait(120) == 143
         assert "the same command goes on" in process.stderr.read()
     log = output / "plain.batch_norm.seed0.txt"
-    assert "stopped by SIGTERM" in log.read_text() and not (folder / "runs").exists()
+    assert "stopped by SIGTERM" in log.read_text() and not (output / "runs").exists()
     assert not (output / "plain.IEBN.seed0.txt").exists()
     with started(*arguments, script="study.py") as process:
         assert process.wait(300) == 0
-    assert "going on from" in log.read_text() and len(list(folder.glob("runs/*/log.csv"))) == 2
+    assert "going on from" in log.read_text() and len(list(output.glob("runs/*/log.csv"))) == 2
+    assert not (folder / "runs").exists()
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.parent.name)

@@ -93,15 +93,16 @@ def _write_files(
     (folder / "log.csv").write_text(log_text(rows))
     name = model.pretrained_cfg["architecture"] + (", fine-tuned" if recipe.pretrained else "")
     plot_curves(rows, folder / "curves.png", name)
-    device = next(model.parameters()).device
+    (folder / "environment.txt").write_text(environment(next(model.parameters()).device))
+    (folder / "README.md").write_text(str(make_card(folder)), encoding="utf-8")
+
+
+def environment(device: torch.device) -> str:
+    """The day, the machine, and the versions of what decides a result on it, a line for each."""
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     about = f"# {date.today()}, Python {platform.python_version()}, {platform.system()}, {device.type}: {machine}"
-    versions = [
-        f"timm-iebn=={__version__}{commit_of(Path(__file__).parent)}",
-        *(f"{name}=={version(name)}" for name in _PACKAGES),
-    ]
-    (folder / "environment.txt").write_text("\n".join([about, *versions]) + "\n")
-    (folder / "README.md").write_text(str(make_card(folder)), encoding="utf-8")
+    own = f"timm-iebn=={__version__}{commit_of(Path(__file__).parent)}"
+    return "\n".join([about, own, *(f"{name}=={version(name)}" for name in _PACKAGES)]) + "\n"
 
 
 def commit_of(folder: Path) -> str:

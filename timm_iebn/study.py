@@ -61,6 +61,11 @@ class Study:
         return self.folder / self.recipe
 
     @property
+    def is_again(self) -> bool:
+        """Whether its runs are made again, in a folder apart from its study.yaml."""
+        return not (self.folder / "study.yaml").exists()
+
+    @property
     def runs(self) -> list[Run]:
         """All runs, in an order that completes comparisons early."""
         runs = []
@@ -172,7 +177,8 @@ def keep(study: Study, run: Run, output: Path) -> None:
 def same_run(study: Study, run: Run) -> Path | None:
     """The folder of a run by the very recipe of `run`, in a study beside this one or in the zoo that holds them."""
     recipe, studies = load_recipe(study.recipe_path, run.overrides), study.folder.resolve().parent
-    for folder in sorted([*studies.glob("*/runs/*"), *studies.parent.glob("*")]):
+    zoo = [] if study.is_again else studies.parent.glob("*")
+    for folder in sorted([*studies.glob("*/runs/*"), *zoo]):
         if folder.suffix == ".partial" or not all((folder / name).exists() for name in RUN_FILES):
             continue
         with suppress(ValueError):  # damaged, or with an option that is gone since
@@ -183,6 +189,7 @@ def same_run(study: Study, run: Run) -> Path | None:
 
 def write_report(study: Study) -> None:
     """README.md and curves.png of a study."""
+    study.folder.mkdir(parents=True, exist_ok=True)  # which a study that is made again has not, before its first run
     write_atomically(study.folder / "README.md", report(study).encode())
     plot_study(study, study.folder / "curves.png")
 
@@ -210,7 +217,7 @@ def report(study: Study) -> str:
         changes = _table(study, others, [first], f"against {baseline}'s change", change)
         tables += f"\n\nWhat has changed from {study.control}, with the same norm:\n\n{changes}"
     made = sum(study.log(run) is not None for run in study.runs)
-    again = "" if (study.folder / "study.yaml").exists() else f" --again {study.folder.parent}"
+    again = f" --again {study.folder.parent}" if study.is_again else ""
     command = f"python scripts/study.py zoo/studies/{study.folder.name}{again}"
     rest = f" The rest:\n\n    {command}" if made < len(study.runs) else ""
     return f"""\
@@ -255,7 +262,7 @@ def plot_study(study: Study, path: Path) -> None:
             curves = [[epoch[column] for epoch in log] for log in study.logs(row, network).values()]
             if curves:
                 at, points = range(1, len(curves[0]) + 1), list(zip(*curves, strict=True))
-                axes.plot(at, [statistics.mean(p) for p in points], f"C{k}.-", label=f"{network} ({len(curves)})")
+                axes.plot(at, [statistics.mean(p) for p in points], f"C{k}.-", label=network)
                 axes.fill_between(at, *([f(p) for p in points] for f in (min, max)), color=f"C{k}", alpha=0.2)
         axes.grid(alpha=0.3)
         if i == 0:
