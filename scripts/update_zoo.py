@@ -41,7 +41,8 @@ interval by Student's t. Images per second are those of inference, measured by `
 STUDIES = """
 ## Studies
 
-What the paper claims, put to the test: each a table with error bars, curves, and the logs of every run.
+What the paper claims, put to the test: each a table with error bars, curves, and the logs of every run. Then what the
+gates of networks above have learned.
 
 """
 WARM_STARTS = """
@@ -66,7 +67,10 @@ def texts(root: Path) -> dict[Path, str]:
     networks = [name for name in networks if name not in trained]
     links = "\n".join(f"- [{name}](warm_starts/{name}.md)" for name in networks)
     studies = load_studies(zoo)
-    study_links = "".join(f"- [{study.title}](studies/{study.folder.name}/README.md)\n" for study in studies)
+    of_gates = sorted(zoo.glob("studies/gates/*.md"))
+    titles = {study.folder / "README.md": study.title for study in studies}
+    titles |= {path: path.read_text(encoding="utf-8").split("\n")[0].lstrip("# ") for path in of_gates}
+    study_links = "".join(f"- [{title}]({path.relative_to(zoo).as_posix()})\n" for path, title in titles.items())
     found = {zoo / "warm_starts" / f"{name}.md": str(make_warm_start_card(name)) for name in networks}
     found |= {
         root / "README.md": before + BEGIN + short_table(zoo) + END + after,
