@@ -131,6 +131,10 @@ def test_a_log_without_the_columns_is_named(tmp_path):
         (dict(title=None), "title should be text"),
         (dict(control="plane"), "control should be one of the rows, is 'plane'"),
         (dict(rows={"wide": dict(model="resnet56_cifar")}), "row 'wide' and network 'batch norm' both set model"),
+        (
+            dict(networks={"IEBN": dict(model="_iebn")}),
+            "network 'IEBN' ends the model of a row by _iebn, but row 'plain'",
+        ),
         (dict(rows={"+0.5": {}, "-0.5": dict(lr=0.1)}), "2 runs would share the folder _0.5.batch_norm.seed0"),
         (dict(seeds=[1, 1]), "2 runs would share the folder plain.batch_norm.seed1"),
     ],
