@@ -131,10 +131,6 @@ def test_a_log_without_the_columns_is_named(tmp_path):
         (dict(title=None), "title should be text"),
         (dict(control="plane"), "control should be one of the rows, is 'plane'"),
         (dict(rows={"wide": dict(model="resnet56_cifar")}), "row 'wide' and network 'batch norm' both set model"),
-        (
-            dict(networks={"IEBN": dict(model="_iebn")}),
-            "network 'IEBN' ends the model of a row by _iebn, but row 'plain'",
-        ),
         (dict(rows={"+0.5": {}, "-0.5": dict(lr=0.1)}), "2 runs would share the folder _0.5.batch_norm.seed0"),
         (dict(seeds=[1, 1]), "2 runs would share the folder plain.batch_norm.seed1"),
     ],
@@ -143,6 +139,14 @@ def test_a_log_without_the_columns_is_named(tmp_path):
 def test_a_study_that_can_not_be_made_is_refused(changes, message, tmp_path):
     with pytest.raises(RecipeError, match=message):
         load_study(write_study(tmp_path, **changes))
+
+
+def test_a_network_may_end_the_models_of_the_rows(tmp_path):
+    networks = {"batch norm": {}, "IEBN": dict(model="_iebn")}
+    rows = {depth: dict(model=f"resnet{depth}_cifar") for depth in ("20", "56")}
+    runs = load_study(write_study(tmp_path, seeds=[0], networks=networks, rows=rows)).runs
+    models = [load_recipe(tmp_path / "recipe.yaml", run.overrides).model for run in runs]
+    assert models == ["resnet20_cifar", "resnet20_cifar_iebn", "resnet56_cifar", "resnet56_cifar_iebn"]
 
 
 def test_what_was_made_with_an_option_that_is_gone_stays_in_the_table(tmp_path):

@@ -141,9 +141,8 @@ def test_running_statistics_follow_as_in_batch_norm(momentum, dtype, apart):
             wide = torch.full((6,), start, dtype=dtype, device=DEVICE)
             setattr(layer, name, wide[::2] if apart else wide[:3])
     for _ in range(2):
-        x = 1e-3 * (
-            1 + torch.randn(4, 3, 5, 5, device=DEVICE)
-        )  # means of one sign: their average's error stays relative
+        # means of one sign, so that the error of their average stays relative
+        x = 1e-3 * (1 + torch.randn(4, 3, 5, 5, device=DEVICE))
         versions = layers[0].running_mean._version, layers[0].running_var._version
         with backend("triton"):
             layers[0](x)

@@ -50,8 +50,7 @@ class Study:
     title: str
     text: str  # what is asked and how, in Markdown
     recipe: str  # its file, from the study's folder
-    # overrides of the recipe by name, a model of _iebn ending the row's; the others are compared with the first network
-    networks: dict[str, dict[str, Any]]
+    networks: dict[str, dict[str, Any]]  # overrides of the recipe by name; the others are compared with the first one
     seeds: list[int]
     rows: dict[str, dict[str, Any]]  # conditions: further overrides by name
     columns: dict[str, str]  # of the log, with what they are called
@@ -70,14 +69,24 @@ class Study:
     def runs(self) -> list[Run]:
         """All runs, in an order that completes comparisons early."""
         runs = []
-        for seed, (row, condition), (network, own) in product(self.seeds, self.rows.items(), self.networks.items()):
-            changes = condition | own | dict(seed=seed)
-            if _has_ending(own):
-                changes["model"] = condition["model"] + own["model"]
-            overrides = [f"{k}={json.dumps(v)}" for k, v in changes.items()]
+        for seed, row, network in product(self.seeds, self.rows, self.networks):
+            overrides = [f"{k}={json.dumps(v)}" for k, v in (self.overrides(row, network) | dict(seed=seed)).items()]
             name = re.sub(r"[^\w.]+", "_", f"{row}.{network}.seed{seed}")
             runs.append(Run(name, row, network, seed, overrides))
         return runs
+
+    def overrides(self, row: str, network: str) -> dict[str, Any]:
+        """What `row` and `network` change in the recipe. A model of the network's such as _iebn ends the row's.
+
+        Raises:
+            ValueError: both set a key: one would win, and the networks differ in what they have in common.
+        """
+        condition, own = dict(self.rows[row]), dict(self.networks[network])
+        if "model" in condition and str(own.get("model")).startswith("_"):
+            own["model"] = f"{condition.pop('model')}{own['model']}"
+        if both := condition.keys() & own.keys():
+            raise ValueError(f"row {row!r} and network {network!r} both set {', '.join(sorted(both))}")
+        return condition | own
 
     def log(self, run: Run) -> list[dict[str, float]] | None:
         """The epochs of `run`, if it has been made."""
@@ -140,11 +149,6 @@ def _is_mapping(value: Any, kind: type) -> bool:
     return bool(value) and names and all(isinstance(v, kind) for v in value.values())
 
 
-def _has_ending(network: dict[str, Any]) -> bool:
-    """Whether the model of a study's network is an ending, _iebn say, of that of the row."""
-    return str(network.get("model", "")).startswith("_")
-
-
 def _check(study: Study) -> None:
     """Raises TypeError or ValueError: a value is of another type, or runs can't be told apart or compared."""
     changes = "a mapping of names to changes of the recipe"
@@ -161,13 +165,6 @@ def _check(study: Study) -> None:
     for name, (what, is_right) in wanted.items():
         if not is_right(value := getattr(study, name)):
             raise TypeError(f"{name} should be {what}, is {value!r}")
-    for (row, condition), (network, own) in product(study.rows.items(), study.networks.items()):
-        ending = {"model"} if _has_ending(own) else set()
-        if ending - condition.keys():
-            raise ValueError(f"network {network!r} ends the model of a row by {own['model']}, but row {row!r} has none")
-        # one would win, and the networks differ in what they have in common
-        if both := condition.keys() & own.keys() - ending:
-            raise ValueError(f"row {row!r} and network {network!r} both set {', '.join(sorted(both))}")
     name, count = Counter(run.name for run in study.runs).most_common(1)[0]
     if count > 1:
         raise ValueError(f"{count} runs would share the folder {name}: give seeds, rows and networks other names")
