@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from faults import Outcome  # noqa: E402
 from faults.matrix import FAULTS, Fault, run_tests  # noqa: E402
 
-from timm_iebn.checkpoint import write_atomically  # noqa: E402
+from timm_iebn.files import write_atomically  # noqa: E402
 
 TABLE = ROOT / "docs" / "fault_matrix.md"
 HEAD = """\

@@ -13,6 +13,7 @@ batch-norm twin.
 import argparse
 import copy
 import sys
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from timm_iebn.layers import NEUTRAL_GATE
 from timm_iebn.loaders import make_loader, make_share
 from timm_iebn.model_folder import environment
 from timm_iebn.processes import create_accelerator
-from timm_iebn.recipe import RecipeError
+from timm_iebn.recipe import RecipeError, load_recipe
 from timm_iebn.validate import open_network
 
 
@@ -40,6 +41,8 @@ def main() -> int:
     try:
         accelerator = create_accelerator()
         model, batches, recipe = open_network(args.model, accelerator, args.data, args.data_dir)
+        if (stored := Path(args.model) / "recipe.yaml").exists():  # its training images, as it was trained on them
+            recipe = replace(load_recipe(stored), data=recipe.data)
         train_split, _ = open_part(recipe, recipe.train_split, args.data_dir)
         share, data_config = make_share(model, train_split, accelerator, recipe.channels_last)
         train_loader = make_loader(train_split, share, data_config, recipe)
@@ -49,6 +52,7 @@ def main() -> int:
     except (RecipeError, RuntimeError, OSError, ValueError) as e:
         print(f"gates.py: {e}", file=sys.stderr)
         return 2
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     name = Path(args.model).name
     rows = summary(gates, test_labels)
     plot_gates(rows, gates, test_labels, f"{args.output}.png", name)

@@ -5,7 +5,7 @@
 Several studies are worked on by turns, one seed of each after the other. Stopped at any moment, the same command goes
 on. Runs are made in output/studies/; what documents them goes to the study's folder as they end. A run whose
 very recipe the zoo or another study has made already is taken from there.
-With --again all runs are made anew, in FOLDER/NAME, with the table and curves; what studies share is made once.
+With --again all runs are made anew, in FOLDER/NAME, with the table and curves. What the studies share is made once.
 """
 
 import argparse
@@ -15,11 +15,12 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Lock
 from types import FrameType
 
 from timm_iebn.data import add_data_dir
-from timm_iebn.study import Run, Study, keep, load_study, same_run, write_report
+from timm_iebn.recipe import load_recipe
+from timm_iebn.study import Run, Study, keep, kept_runs, load_study
+from timm_iebn.study_report import write_report
 
 ROOT = Path(__file__).parents[1]
 
@@ -27,10 +28,16 @@ ROOT = Path(__file__).parents[1]
 class Queue:
     """Makes runs, each in a process of its own, until a signal stops it and them."""
 
-    def __init__(self, todo: list[tuple[Study, Run]], output: Path, arguments: list[str]) -> None:
-        self.todo, self.output, self.arguments = todo, output, arguments
+    def __init__(self, studies: list[Study], output: Path, arguments: list[str]) -> None:
+        self.output, self.arguments = output, arguments
+        missing = [(study, run) for study in studies for run in study.runs if study.log(run) is None]
+        missing.sort(key=lambda pair: pair[0].seeds.index(pair[1].seed))
+        self.todo: dict[str, list[tuple[Study, Run]]] = {}  # by recipe
+        for study, run in missing:
+            self.todo.setdefault(load_recipe(study.recipe_path, run.overrides).to_yaml(), []).append((study, run))
+        self.made = {recipe: path for study in studies if self.todo for recipe, path in kept_runs(study).items()}
         self.processes: set[subprocess.Popen] = set()
-        self.failed, self.signum, self.writing = False, 0, Lock()
+        self.failed, self.signum = False, 0
         for s in (signal.SIGINT, signal.SIGTERM):
             signal.signal(s, self._stop)
 
@@ -40,17 +47,26 @@ class Queue:
             process.send_signal(signum)
 
     def make(self, place: int) -> None:
-        """The run at that place."""
+        """The recipe at that place, for all that want it. That one can't be kept is no reason to stop the others."""
         if self.signum:
             return
-        study, run = self.todo[place]
+        recipe, wanted = [*self.todo.items()][place]
+        names = ", ".join(f"{study.folder.name}: {run.name}" for study, run in wanted)
+        made = self.made.get(recipe)
+        print(f"{place + 1}/{len(self.todo)} {names}{f' is {made}' if made else ''}", flush=True)
+        try:
+            if folder := made or self.train(*wanted[0]):
+                for study, run in wanted:
+                    keep(study, run, folder)
+        except OSError as e:
+            self.failed = True
+            print(f"study.py: {names}: {e}", file=sys.stderr)
+        for study, _ in wanted:
+            self.report(study)
+
+    def train(self, study: Study, run: Run) -> Path | None:
+        """The model folder that the run has left, if it came to its end."""
         folder = self.output / study.folder.name / run.name
-        line = f"{place + 1}/{len(self.todo)} {study.folder.name}: {run.name}"
-        if same := same_run(study, run):
-            print(f"{line} is {same}", flush=True)
-            keep(study, run, same)
-            return self.report(study)
-        print(line, flush=True)
         command = [sys.executable, ROOT / "scripts" / "train.py", "--recipe", study.recipe_path, "--resume"]
         command += ["--output", folder, *self.arguments, *run.overrides]
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -60,21 +76,18 @@ class Queue:
                 process.send_signal(self.signum)
             process.wait()
             self.processes.discard(process)
-        if process.returncode == 0:
-            keep(study, run, folder)
-        elif not self.signum:
+        if process.returncode and not self.signum:
             self.failed = True
             print(f"{run.name} stopped: see {folder}.txt", file=sys.stderr)
-        self.report(study)
+        return None if process.returncode else folder
 
     def report(self, study: Study) -> None:
         """Writes what the study's logs say; that it can't is no reason to stop the other runs."""
-        with self.writing:
-            try:
-                write_report(study)
-            except (OSError, RuntimeError, ValueError) as e:  # CheckpointError is the second
-                self.failed = True
-                print(f"study.py: {e}", file=sys.stderr)
+        try:
+            write_report(study)
+        except (OSError, ValueError) as e:
+            self.failed = True
+            print(f"study.py: {e}", file=sys.stderr)
 
 
 def main() -> int:
@@ -90,16 +103,14 @@ def main() -> int:
     args = parser.parse_args()
     try:
         studies = [load_study(folder, args.again) for folder in args.studies]
-        todo = [(study, run) for study in studies for run in study.runs if study.log(run) is None]
+        output = args.output or args.again or Path("output") / "studies"
+        queue = Queue(studies, output, ["--data-dir", args.data_dir, "--mix-data-dir", args.mix_data_dir])
     except ValueError as e:  # RecipeError too
         print(f"study.py: {e}", file=sys.stderr)
         return 2
-    todo.sort(key=lambda pair: pair[0].seeds.index(pair[1].seed))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.jobs)))
-    output = args.output or args.again or Path("output") / "studies"
-    queue = Queue(todo, output, ["--data-dir", args.data_dir, "--mix-data-dir", args.mix_data_dir])
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(queue.make, range(len(todo))))
+        list(pool.map(queue.make, range(len(queue.todo))))
     for study in studies:
         queue.report(study)
     if queue.signum:

@@ -62,21 +62,17 @@ def main() -> int:
     try:
         recipe = load_recipe(args.recipe, args.overrides)
         folder = args.output or _default_folder(args.output_root, recipe)
+        was_there = folder.exists()
         row = train(
             recipe,
             folder,
-            args.resume,
-            args.data_dir,
-            args.mix_data_dir,
-            args.workers,
-            args.checkpoint_updates,
-            args.track,
+            resume=args.resume,
+            data_dir=args.data_dir,
+            mix_data_dir=args.mix_data_dir,
+            workers=args.workers,
+            checkpoint_updates=args.checkpoint_updates,
+            trackers=args.track,
         )
-        if PartialState().is_main_process:
-            print(
-                f"\n{recipe.model}: top-1 {row['test_top1']:.2f} % on the test split after the last epoch; see {folder}"
-            )
-            _show_predictions(folder, recipe, args.data_dir)
     except KeyboardInterrupt:
         print("train.py: interrupted before the first step", file=sys.stderr)
         return 130
@@ -87,6 +83,13 @@ def main() -> int:
         if PartialState().is_main_process:
             print(f"train.py: {e}", file=sys.stderr)
         return 128 + e.signum
+    if PartialState().is_main_process:
+        print(f"\n{recipe.model}: top-1 {row['test_top1']:.2f} % on the test split after the last epoch; see {folder}")
+        if not was_there:
+            try:
+                _show_predictions(folder, recipe, args.data_dir)
+            except (RecipeError, OSError, RuntimeError, KeyboardInterrupt) as e:  # the run is done all the same
+                print(f"train.py: no predictions are shown: {type(e).__name__}: {e}", file=sys.stderr)
     return 0
 
 

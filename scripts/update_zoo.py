@@ -19,11 +19,12 @@ import timm
 from filelock import FileLock
 
 from timm_iebn.card import make_card, make_warm_start_card
-from timm_iebn.checkpoint import write_atomically
+from timm_iebn.files import write_atomically
 from timm_iebn.models._registry import WARM_START
-from timm_iebn.results import compare, plot_results, results_table, short_table
-from timm_iebn.study import Study, load_study, plot_study, report
-from timm_iebn.zoo import WEIGHTS, check_weights, model_folders, read_config
+from timm_iebn.results import Comparison, compare, plot_results, results_table, short_table
+from timm_iebn.study import Study, load_study
+from timm_iebn.study_report import read_results, report, write_report
+from timm_iebn.zoo import WEIGHTS, check_weights, read_zoo
 
 ROOT = Path(__file__).parents[1]
 ZOO_README = """\
@@ -54,7 +55,7 @@ The ImageNet networks have no weights of their own yet: they start from timm's b
 BEGIN, END = "<!-- zoo: written by scripts/update_zoo.py -->\n", "<!-- end of zoo -->\n"
 
 
-def texts(root: Path) -> dict[Path, str]:
+def texts(root: Path, comparisons: list[Comparison], studies: list[Study]) -> dict[Path, str]:
     """What each generated file should say."""
     zoo = root / "zoo"
     readme = (root / "README.md").read_text(encoding="utf-8")
@@ -62,30 +63,24 @@ def texts(root: Path) -> dict[Path, str]:
         sys.exit(f"README.md must hold each of {BEGIN.strip()} and {END.strip()} once: the table goes between them")
     before, _, rest = readme.partition(BEGIN)
     _, _, after = rest.partition(END)
-    trained = {read_config(folder)["architecture"] for folder in model_folders(zoo)}
+    models = [model for row in comparisons for runs in row.sides.values() for model in runs.values()]
+    trained = {model.config["architecture"] for model in models}
     networks = dict.fromkeys(name.split(".")[0] for name in timm.list_pretrained(f"*_iebn.{WARM_START}*"))
     networks = [name for name in networks if name not in trained]
     links = "\n".join(f"- [{name}](warm_starts/{name}.md)" for name in networks)
-    studies = load_studies(zoo)
     of_gates = sorted(zoo.glob("studies/gates/*.md"))
     titles = {study.folder / "README.md": study.title for study in studies}
     titles |= {path: path.read_text(encoding="utf-8").split("\n")[0].lstrip("# ") for path in of_gates}
     study_links = "".join(f"- [{title}]({path.relative_to(zoo).as_posix()})\n" for path, title in titles.items())
     found = {zoo / "warm_starts" / f"{name}.md": str(make_warm_start_card(name)) for name in networks}
-    found |= {
-        root / "README.md": before + BEGIN + short_table(zoo) + END + after,
-        zoo / "README.md": ZOO_README + results_table(zoo) + STUDIES + study_links + WARM_STARTS + links + "\n",
-    }
-    for comparison in compare(sorted(model_folders(zoo))):
-        for folder in chain(*(side.values() for side in comparison.sides)):
+    found[root / "README.md"] = before + BEGIN + short_table(comparisons) + END + after
+    parts = ZOO_README, results_table(comparisons, zoo), STUDIES, study_links, WARM_STARTS, links, "\n"
+    found[zoo / "README.md"] = "".join(parts)
+    for comparison in comparisons:
+        for folder, _ in chain(*(runs.values() for runs in comparison.sides.values())):
             found[folder / "README.md"] = str(make_card(folder, comparison))
-    found |= {study.folder / "README.md": report(study) for study in studies}
+    found |= {study.folder / "README.md": report(read_results(study)) for study in studies}
     return found
-
-
-def load_studies(zoo: Path) -> list[Study]:
-    """The studies that there are."""
-    return [load_study(path.parent) for path in sorted(zoo.glob("studies/*/study.yaml"))]
 
 
 def main() -> int:
@@ -96,7 +91,7 @@ def main() -> int:
     args = parser.parse_args()
     try:
         if args.table:
-            print(results_table(args.table), end="")
+            print(results_table(compare(read_zoo(args.table)), args.table), end="")
             return 0
         # two at once would write into each other's files
         with nullcontext() if args.check else FileLock(ROOT / "zoo" / ".lock", timeout=300):
@@ -107,10 +102,14 @@ def main() -> int:
 
 def update(is_check: bool) -> int:
     """Writes what is out of line, or says so; the exit status."""
-    for folder in model_folders():
+    zoo = ROOT / "zoo"
+    configs = read_zoo(zoo)
+    for folder in configs:
         check_weights(folder / WEIGHTS)
-    wanted = texts(ROOT)
-    if orphans := set((ROOT / "zoo" / "warm_starts").glob("*.md")) - wanted.keys():
+    comparisons = compare(configs)
+    studies = [load_study(path.parent) for path in sorted(zoo.glob("studies/*/study.yaml"))]
+    wanted = texts(ROOT, comparisons, studies)
+    if orphans := set((zoo / "warm_starts").glob("*.md")) - wanted.keys():
         sys.exit(f"{', '.join(str(path.relative_to(ROOT)) for path in orphans)}: no such network; remove it")
     stale = {
         path: text for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text
@@ -120,9 +119,9 @@ def update(is_check: bool) -> int:
         if not is_check:
             write_atomically(path, text.encode())  # README.md holds what people wrote
     if not is_check:
-        plot_results(ROOT / "zoo", ROOT / "zoo" / "results.png")
-        for study in load_studies(ROOT / "zoo"):
-            plot_study(study, study.folder / "curves.png")
+        plot_results(comparisons).savefig(zoo / "results.png", dpi=120)
+        for study in studies:
+            write_report(study)
     if not stale:
         print("all up to date")
     return int(is_check and bool(stale))

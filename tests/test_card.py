@@ -11,7 +11,7 @@ from timm.models import get_pretrained_cfg
 
 from timm_iebn.card import REPORTED, make_card, make_warm_start_card
 from timm_iebn.recipe import load_recipe
-from timm_iebn.results import compare
+from timm_iebn.results import BATCH_NORM, IEBN, TrainedModel, compare
 from timm_iebn.zoo import model_folders, read_config
 
 FOLDERS = model_folders()
@@ -35,7 +35,8 @@ def test_the_hub_can_read_the_card(folder):
 def test_the_code_of_a_card_runs(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Image.new("L", (50, 40), 130).save("image.png")
-    code = blocks(str(make_card(folder, source=f"local-dir:{folder}")), "python")
+    card = str(make_card(folder)).replace(f"hf-hub:timm-iebn/{folder.name}", f"local-dir:{folder}")
+    code = blocks(card, "python")
     assert len(code) == 3 and all("import timm_iebn" in block for block in code)
     for block in code:
         exec(compile(block, folder.name, "exec"), {})
@@ -46,8 +47,10 @@ def test_the_code_of_a_card_runs(folder, tmp_path, monkeypatch, capsys):
 
 def test_a_card_of_several_runs_shows_their_spread_and_one_of_one_run_its_limits(tmp_path):
     folder = FOLDERS[0]
-    (own,) = compare([folder])
-    own.sides[0][9] = own.sides[1][9] = folder  # the same run again, for the form of the text
+    run = TrainedModel(folder, read_config(folder))
+    (own,) = compare({folder: run.config})
+    for norm in (BATCH_NORM, IEBN):  # the same run again, for the form of the text
+        own.sides.setdefault(norm, {})[9] = run
     assert "± 0.00 (2 seeds)" in make_card(folder, own).text
     assert "luck of the seed" in make_card(folder).text
 

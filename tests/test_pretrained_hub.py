@@ -20,6 +20,7 @@ from pretrained import TOKEN, TWINS, WEIGHTS, assert_explains, assert_same, batc
 from safetensors.torch import load, save
 
 from timm_iebn.card import make_warm_start_card
+from timm_iebn.zoo import model_folders
 
 
 def execute(code, folder):
@@ -128,6 +129,20 @@ def test_a_published_network_keeps_its_gates(hub, online, folder, tmp_path):
     loaded = online(state, "hf-hub:lab/trained")
     assert loaded.keys() == model.state_dict().keys()
     assert all((loaded[key] == t.numpy()).all() for key, t in model.state_dict().items())
+
+
+def test_others_may_publish_a_training_of_their_own_under_a_name_of_the_zoo(hub, online, folder, tmp_path):
+    name = model_folders()[0].name
+    model = randomize(timm.create_model(name.split(".")[0]))
+    folder(model, model.state_dict())
+    hub.repos |= {
+        f"{owner}/{name}": Repo({file: (tmp_path / file).read_bytes() for file in ("config.json", WEIGHTS)})
+        for owner in ("lab", "timm-iebn")
+    }
+    loaded = online(state, f"hf-hub:lab/{name}")
+    assert all((loaded[key] == t.numpy()).all() for key, t in model.state_dict().items())
+    found = online(failure, f"hf-hub:timm-iebn/{name}")  # where it would be another one than the zoo's
+    assert_explains(found, RuntimeError, "or others than this version of timm-iebn knows", "removed from the cache")
 
 
 @pytest.mark.parametrize("key", ["file", "state_dict"])

@@ -11,8 +11,8 @@ from conftest import write_config
 
 from timm_iebn.model_folder import read_log
 from timm_iebn.recipe import Recipe, load_recipe
-from timm_iebn.results import paired_difference, plot_results, results_table, short_table
-from timm_iebn.zoo import model_folders, read_config
+from timm_iebn.results import compare, paired_difference, plot_results, results_table, short_table
+from timm_iebn.zoo import read_zoo
 
 ROOT = Path(__file__).parents[1]
 
@@ -24,6 +24,10 @@ def add_run(zoo, name, top1, architecture=None, **recipe):
     (folder / "recipe.yaml").write_text(recipe.to_yaml())
     training = dict(test_top1=top1, epochs=recipe.epochs, seed=recipe.seed, pretrained=recipe.pretrained)
     write_config(folder, architecture or recipe.model, **training)
+
+
+def table_of(zoo):
+    return results_table(compare(read_zoo(zoo)), zoo)
 
 
 def cells(table):
@@ -40,7 +44,7 @@ def test_runs_that_differ_in_norm_and_seed_are_compared(tmp_path):
     add_run(tmp_path, "e", 72.0, model="resnet164_cifar_se")
     add_run(tmp_path, "f", 74.0, model="resnet164_cifar_se", seed=1)
     add_run(tmp_path, "g", 76.0, model="resnet164_cifar_iebn", model_args=dict(neutral_gates=True), seed=1)
-    (bn, iebn, se, neutral, other) = cells(results_table(tmp_path))
+    (bn, iebn, se, neutral, other) = cells(table_of(tmp_path))
     assert bn[:4] == ["resnet164_cifar", "cifar100", "164", "batch norm"]
     assert bn[4:10] == ["1.727 M", "247 M", "62 (CPU)", "71.00 ± 1.41 (2 seeds)", "", "74.29"]
     assert iebn[3] == "IEBN" and iebn[6:10] == ["-", "75.00 (one seed)", "+5.00", "77.09"]
@@ -49,7 +53,7 @@ def test_runs_that_differ_in_norm_and_seed_are_compared(tmp_path):
     assert other[7] == "60.00 (one seed)"
     assert bn[10] == "[seed 0](resnet164_cifar.a) [seed 1](resnet164_cifar.b)"
     assert iebn[10] == "[seed 0](resnet164_cifar_iebn.c)"
-    ((name, data, epochs, *both),) = cells(short_table(tmp_path))
+    ((name, data, epochs, *both),) = cells(short_table(compare(read_zoo(tmp_path))))
     assert both == ["71.00 ± 1.41 (2 seeds)", "75.00 (one seed)", "+5.00"]
 
 
@@ -57,7 +61,7 @@ def test_a_network_stands_on_the_side_of_its_norm(tmp_path):
     tuned = dict(pretrained=True, data="digits", architecture="resnet20_cifar_iebn")
     add_run(tmp_path, "a", 98.0, model="local-dir:somewhere", **tuned)
     add_run(tmp_path, "b", 50.0, model="resnet50", model_args=dict(norm_layer="iebn"))
-    (tuned, own) = cells(results_table(tmp_path))
+    (tuned, own) = cells(table_of(tmp_path))
     assert (
         tuned[0] == "resnet20_cifar, fine-tuned"
         and tuned[3] == "IEBN"
@@ -66,11 +70,30 @@ def test_a_network_stands_on_the_side_of_its_norm(tmp_path):
     assert own[0] == "resnet50" and own[3] == "IEBN" and own[7] == "50.00 (one seed)"
 
 
+def test_fine_tunings_of_other_weights_are_not_compared(tmp_path):
+    def tune(name, top1, norm, tag, **more):
+        add_run(tmp_path, name, top1, model=f"resnet18{norm}.{tag}", architecture=f"resnet18{norm}", **tuned | more)
+
+    tuned = dict(pretrained=True, data="digits")
+    tune("a", 90.0, "", "a1_in1k")
+    tune("b", 91.0, "_iebn", "warmstart_a1_in1k")
+    tune("c", 93.0, "_iebn", "warmstart_tv_in1k")
+    tune("d", 95.0, "_iebn", "cifar100_seed0")
+    tune("e", 97.0, "_iebn", "cifar100_seed1", seed=1)
+    found = [(row[0], row[3], row[7]) for row in cells(table_of(tmp_path))]
+    assert found == [
+        ("resnet18.a1_in1k, fine-tuned", "batch norm", "90.00 (one seed)"),
+        ("resnet18.a1_in1k, fine-tuned", "IEBN", "91.00 (one seed)"),
+        ("resnet18.tv_in1k, fine-tuned", "IEBN", "93.00 (one seed)"),
+        ("resnet18.cifar100_, fine-tuned", "IEBN", "96.00 ± 1.41 (2 seeds)"),
+    ]
+
+
 def test_a_copy_is_no_second_seed(tmp_path):
     add_run(tmp_path, "a", 70.0)
     add_run(tmp_path, "b", 70.0)
     with pytest.raises(ValueError, match="resnet164_cifar.b is the same run as resnet164_cifar.a"):
-        results_table(tmp_path)
+        table_of(tmp_path)
 
 
 @pytest.mark.parametrize(("seeds", "spread", "t"), [([0, 1], 2**0.5, 12.7062), ([0, 1, 2], 1.0, 4.3027)])
@@ -85,16 +108,18 @@ def test_a_paired_difference_has_students_interval(seeds, spread, t):
 def test_the_plot_shows_both_norms(tmp_path):
     add_run(tmp_path, "a", 70.0)
     add_run(tmp_path, "c", 75.0, model="resnet164_cifar_iebn")
-    plot_results(tmp_path, tmp_path / "results.png")
-    assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
+    (axes,) = plot_results(compare(read_zoo(tmp_path))).axes
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["batch norm", "IEBN"]
+    points = [bar.lines[0].get_xydata()[0].tolist() for bar in axes.containers]
+    assert [y for _, y in points] == [70.0, 75.0] and [round(x) for x, _ in points] == [245, 249]
 
 
 def test_what_is_written_about_the_zoo_agrees_with_its_folders():
     script = [sys.executable, ROOT / "scripts" / "update_zoo.py", "--check"]
     result = subprocess.run(script, capture_output=True, text=True, timeout=100)
     assert result.returncode == 0, result.stdout + result.stderr
-    for folder in model_folders():
-        training, recipe = read_config(folder)["training"], load_recipe(folder / "recipe.yaml")
+    for folder, config in read_zoo().items():
+        training, recipe = config["training"], load_recipe(folder / "recipe.yaml")
         row = read_log(folder / "log.csv")[-1]
         assert row["epoch"] == recipe.epochs
         for key in ("data", "epochs", "seed", "pretrained"):

@@ -303,6 +303,20 @@ def test_a_signal_to_the_whole_group_spares_the_workers(tmp_path):
     )
 
 
+def test_a_run_that_can_not_go_on_does_not_keep_the_folder_from_the_next(tmp_path):
+    recipe = Recipe(model="resnet20_cifar", data="digits", epochs=1, milestones=(), batch_size=700)
+    trainer = Trainer(recipe, tmp_path / "out", checkpoint_updates=1)
+    trainer._save()
+    trainer.lock.release()
+    (checkpoint,) = (tmp_path / "out.run").glob("*.safetensors")
+    whole = checkpoint.read_bytes()
+    checkpoint.write_bytes(whole[:1000])
+    with pytest.warns(UserWarning, match="not a whole checkpoint"), pytest.raises(CheckpointError) as error:
+        Trainer(recipe, tmp_path / "out", resume=True)
+    checkpoint.write_bytes(whole)
+    assert train(recipe, tmp_path / "out", resume=True)["epoch"] == 1 and error  # as a notebook keeps the last one
+
+
 def test_a_full_disk_leaves_the_checkpoint_and_no_half_folder(tmp_path, monkeypatch):
     recipe = Recipe(model="resnet20_cifar", data="digits", epochs=1, milestones=(), batch_size=700)
     trainer = Trainer(recipe, tmp_path / "out")

@@ -17,7 +17,9 @@ from timm_iebn.gates import collect_gates, freeze_gates, summary
 from timm_iebn.layers import NEUTRAL_GATE
 from timm_iebn.model_folder import read_log
 from timm_iebn.recipe import Recipe, RecipeError, load_recipe
-from timm_iebn.study import RUN_FILES, keep, load_study, report, same_run
+from timm_iebn.study import RUN_FILES, keep, kept_runs, load_study
+from timm_iebn.study_report import read_results
+from timm_iebn.study_report import report as report_on
 
 STUDIES = sorted(Path(__file__).parents[1].glob("zoo/studies/*/study.yaml"))
 RECIPE = "model: resnet20_cifar\ndata: digits\nepochs: 1\nmilestones: []\nbatch_size: 700\nlr: 0.01\n"
@@ -38,6 +40,10 @@ def write_study(root, **changes):
     folder.mkdir()
     (folder / "study.yaml").write_text(yaml.safe_dump(STUDY | changes, sort_keys=False))
     return folder
+
+
+def report(study):
+    return report_on(read_results(study))
 
 
 def add_log(study, run, top1):
@@ -77,8 +83,9 @@ def test_conditions_are_compared_with_the_control_and_small_figures_are_shown(tm
     results, changes = report(study).split("What has changed from plain, with the same norm:")
     assert "| plain | batch norm | 0.0508 ± 0.0008 (2 seeds) |  | 2.00 ± 0.00 (2 seeds) |  |\n" in results
     assert f"| {noisy} | IEBN | 0.0501 (one seed) | +0.0099 | 2.00 (one seed) | +0.00 |\n" in results
-    assert f"| {noisy} | batch norm | -0.0101 [-0.0114, -0.0088] |  |\n" in changes
-    assert f"| {noisy} | IEBN | -0.0020 | +0.0080 |\n" in changes and "| plain |" not in changes
+    assert f"| {noisy} | batch norm | -0.0101 [-0.0114, -0.0088] |  | 80.1 ± 0.1 (2 seeds) |  |\n" in changes
+    assert f"| {noisy} | IEBN | -0.0020 | +0.0080 | 96.2 (one seed) | +16.1 |\n" in changes
+    assert "| plain |" not in changes
 
 
 def test_a_run_without_noise_counts_as_one_with_none(tmp_path):
@@ -196,6 +203,8 @@ def test_again_makes_all_runs_anew_elsewhere(tmp_path):
     text = (tmp_path / "again" / "trial" / "README.md").read_text()
     assert not (tmp_path / "output").exists()  # where there may be runs made before
     assert "2 of 2 runs are made" in text and text.count("(one seed)") == 2
+    with pytest.raises(RecipeError, match="studies/trial is the folder of a study: have it made again elsewhere"):
+        load_study(folder, folder.parent)
     (made.folder / "runs" / "plain.IEBN.seed3" / "log.csv").unlink()
     assert f"study.py zoo/studies/trial --again {tmp_path / 'again'}" in report(made)
 
@@ -218,11 +227,27 @@ def test_a_run_that_another_study_or_the_zoo_has_made_is_taken_from_there(place,
     assert (folder / "runs" / "plain.a.seed0" / "environment.txt").read_text() == "here"
 
 
+def test_what_studies_share_is_made_once_and_none_that_can_not_be_kept_stops_the_others(tmp_path):
+    folder = write_study(tmp_path, seeds=[0], rows=dict(plain={}))
+    other = folder.with_name("other")
+    other.mkdir()
+    (other / "study.yaml").write_text((folder / "study.yaml").read_text())
+    in_the_way = other / "runs" / "plain.batch_norm.seed0" / "notes.txt"
+    in_the_way.parent.mkdir(parents=True)
+    in_the_way.write_text("mine")
+    result = run_script(folder, other, "--jobs", "2", cwd=tmp_path, script="study.py")
+    lines = [f"{i}/2 trial: plain.{n}.seed0, other: plain.{n}.seed0" for i, n in ((1, "batch_norm"), (2, "IEBN"))]
+    assert sorted(result.stdout.splitlines()) == lines and result.returncode == 1
+    assert f"Directory not empty: '{in_the_way.parent}" in result.stderr and "Traceback" not in result.stderr
+    assert "2 of 2 runs are made" in (folder / "README.md").read_text() and in_the_way.read_text() == "mine"
+    assert "1 of 2 runs are made" in (other / "README.md").read_text()
+
+
 def test_no_run_is_taken_that_is_another_or_is_not_whole(tmp_path):
     study = load_study(write_study(tmp_path, rows=dict(plain=dict(epochs=2))))
     run, other_seed = study.runs[0], study.runs[2]
     recipe, runs = load_recipe(study.recipe_path, run.overrides), tmp_path / "other" / "runs"
-    assert same_run(study, run) is None  # though the study's recipe is beside it
+    assert not kept_runs(study)  # though the study's recipe is beside it
     write_run(runs / "other_seed", load_recipe(study.recipe_path, other_seed.overrides), epochs=2)
     write_run(runs / "short", recipe)
     write_run(runs / "being_copied.partial", recipe, epochs=2)
@@ -231,9 +256,9 @@ def test_no_run_is_taken_that_is_another_or_is_not_whole(tmp_path):
     write_run(runs / "damaged", recipe, epochs=2)
     with open(runs / "damaged" / "recipe.yaml", "a") as file:
         file.write("option_that_is_gone: true\n")
-    assert same_run(study, run) is None
+    assert recipe.to_yaml() not in kept_runs(study)
     write_run(runs / "whole", recipe, epochs=2)
-    assert same_run(study, run) == runs / "whole"
+    assert kept_runs(study)[recipe.to_yaml()] == runs / "whole"
 
 
 def test_a_stop_reaches_the_runs_and_the_same_command_goes_on(tmp_path):
@@ -313,6 +338,7 @@ def test_the_summary_tells_images_and_classes_apart():
 def test_the_script_shows_what_gates_are_worth(tmp_path, uninterrupted):
     result = run_script(uninterrupted, "--output", tmp_path / "found", cwd=tmp_path, script="gates.py")
     assert result.returncode == 0, result.stderr
+    assert "those of 1400 training images" in result.stdout  # in batches of 200, as it was trained
     assert "Every gate frozen at its mean" in result.stdout and "| layer3.2.bn2 |" in result.stdout
     trained, _ = re.search(r"running statistics as trained \| ([\d.]+) \| ([\d.]+)", result.stdout).groups()
     assert float(trained) == pytest.approx(read_log(uninterrupted / "log.csv")[-1]["test_top1"], abs=0.01)

@@ -176,6 +176,13 @@ def test_a_bad_recipe_ends_with_one_line_and_writes_nothing(override, tmp_path):
     assert last.startswith("train.py: ") and key in last and (value in last or "{" in value or key == "modell")
 
 
+def test_a_file_in_the_place_of_the_work_folder_is_named(tmp_path):
+    (tmp_path / "out.run").write_text("mine")
+    result = run("--output", tmp_path / "out", cwd=tmp_path)
+    assert result.returncode == 2 and "out.run, where the run would work, is a file" in result.stderr
+    assert (tmp_path / "out.run").read_text() == "mine" and "Traceback" not in result.stderr
+
+
 def test_a_tracker_that_is_not_installed_is_named_first(tmp_path):
     result = run("--track", "wandb", "--output", tmp_path / "out", cwd=tmp_path)
     assert result.returncode == 2 and "track: 'wandb' is not installed: pip" in result.stderr

@@ -118,6 +118,13 @@ def test_shipped_weights_are_checked(copied_zoo):
         timm.create_model(copied_zoo.name, pretrained=True, **overlay)
 
 
+def test_shipped_weights_are_checked_by_a_relative_name_too(copied_zoo, monkeypatch):
+    (copied_zoo / WEIGHTS).write_bytes(b"damaged")
+    monkeypatch.chdir(copied_zoo.parent)
+    with pytest.raises(RuntimeError, match="model.safetensors is damaged .*install timm-iebn again"):
+        zoo.check_weights(Path(copied_zoo.name, WEIGHTS))
+
+
 def test_the_namespace_can_be_changed(monkeypatch):
     monkeypatch.setenv("TIMM_IEBN_NAMESPACE", "lab")
     assert hub_id(Path("somewhere/net.tag")) == "lab/net.tag"

@@ -5,6 +5,7 @@ The paper (arXiv 1908.04008) names both; their exact form, and every number here
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from timm.layers import BatchNormAct2d
@@ -110,8 +111,7 @@ class Strangers:
         parts = recipe.grad_accumulation * share.world_size
         if recipe.mix_images % parts:
             raise RecipeError(f"mix_images: {recipe.mix_images} can't be shared by {parts} (processes x parts)")
-        other = Recipe(recipe.model, recipe.mix_data, epochs=1, milestones=())  # what decides here is the data's name
-        split = load_images(other, "train", data_dir)
+        split = load_images(replace(recipe, data=recipe.mix_data), "train", data_dir)
         self.data, images = fingerprint(split, []), split.images
         if images.shape[1] not in (1, size[0]):
             raise RecipeError(f"mix_data: {recipe.mix_data!r} has images of {images.shape[1]} channels, not {size[0]}")

@@ -13,7 +13,7 @@ from timm.models import get_arch_pretrained_cfgs
 from .convert import GATES
 from .models._registry import WARM_START
 from .recipe import load_recipe
-from .results import NORMS, Comparison, compare, count
+from .results import BATCH_NORM, IEBN, NEUTRAL_IEBN, SE, Comparison, compare, count, norm_of
 from .zoo import NAMESPACE, ZOO, hub_id, read_config
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -30,7 +30,12 @@ _TWIN = (
     "with."
 )
 _NEUTRAL = f"{_IEBN} Here all gates started neutral, so that training started from batch norm's function."
-_ABOUT = (_TWIN.format("batch-norm"), _IEBN, _TWIN.format("squeeze-and-excitation"), _NEUTRAL)  # by norm
+_ABOUT = {
+    BATCH_NORM: _TWIN.format("batch-norm"),
+    IEBN: _IEBN,
+    SE: _TWIN.format("squeeze-and-excitation"),
+    NEUTRAL_IEBN: _NEUTRAL,
+}
 
 _CITATION = """\
 @article{liang2019iebn,
@@ -41,18 +46,17 @@ _CITATION = """\
 }"""
 
 
-def make_card(folder: Path, comparison: Comparison | None = None, source: str = "") -> ModelCard:
+def make_card(folder: Path, comparison: Comparison | None = None) -> ModelCard:
     """The card of the model folder `folder`, from the other files in it.
 
     Args:
         comparison: the runs of the zoo that this one stands beside.
-        source: what `timm.create_model` is to load in the card's examples; the repository in our namespace by default.
     """
     recipe, config = load_recipe(folder / "recipe.yaml"), read_config(folder)
     training, model, size = config["training"], config["architecture"], config["pretrained_cfg"]["input_size"]
-    (own,) = compare([folder])
-    comparison = comparison or own
-    (side,) = (i for i, runs in enumerate(own.sides) if runs)
+    if not comparison:
+        (comparison,) = compare({folder: config})
+    own = norm_of(recipe, model)
     data = recipe.data.removeprefix("hfds/")
     on_hub = recipe.data.startswith("hfds/") and bool(re.fullmatch(r"[\w.-]+/[\w.-]+", data))
     metrics = (("Top 1 Accuracy", "accuracy", "test_top1"), ("Top 5 Accuracy", "accuracy@5", "test_top5"))
@@ -83,38 +87,37 @@ def make_card(folder: Path, comparison: Comparison | None = None, source: str = 
     notes = [*training.get("notes", ())]
     if recipe.mix_data or recipe.has_noise:
         notes.append("Trained under a noise attack, as `recipe.yaml` says: it is for study, not for use.")
-    for path in chain(*(runs.values() for runs in comparison.sides)):
+    for path, other in chain(*(runs.values() for runs in comparison.sides.values())):
         if path.resolve() != folder.resolve():
-            notes += [f"Of {path.name} in the table: {note}" for note in read_config(path)["training"].get("notes", ())]
+            notes += [f"Of {path.name} in the table: {note}" for note in other["training"].get("notes", ())]
     sides = [
         dict(
-            norm=f"**{norm.name}**" if i == side else norm.name,
-            parameters=count(comparison.config(i)["parameters"]),
-            macs=count(comparison.config(i)["macs"]),
-            top1=comparison.mean(i),
-            difference=comparison.difference(i),
-            paper=f"{paper:.2f}" if paper else "-",
-            runs=", ".join(path.resolve().name for _, path in sorted(comparison.sides[i].items())),
+            norm=f"**{norm.name}**" if norm is own else norm.name,
+            parameters=count(comparison.config(norm)["parameters"]),
+            macs=count(comparison.config(norm)["macs"]),
+            top1=comparison.mean(norm),
+            difference=comparison.difference(norm),
+            paper=f"{comparison.paper[norm]:.2f}" if norm in comparison.paper else "-",
+            runs=", ".join(run.folder.resolve().name for _, run in sorted(runs.items())),
         )
-        for i, (norm, paper) in enumerate(zip(NORMS, comparison.paper, strict=True))
-        if comparison.sides[i]
+        for norm, runs in comparison.sides.items()
     ]
     return ModelCard.from_template(
         card_data,
         template_path=str(TEMPLATE),
         title=f"{model}{', fine-tuned' if recipe.pretrained else ''} on {data.rpartition('/')[2]}",
-        about=_ABOUT[side].format(model=twin) if NORMS[side].is_iebn or timm.is_model(f"{twin}_iebn") else "",
+        about=_ABOUT[own].format(model=twin) if own.suffix == "_iebn" or timm.is_model(f"{twin}_iebn") else "",
         sides=sides,
-        paper=any(comparison.paper),
+        paper=bool(comparison.paper),
         top1=training["test_top1"],
         top5=training["test_top5"],
         test_split=recipe.test_split,
         epochs=recipe.epochs,
         seed=recipe.seed,
-        spread=max(map(len, comparison.sides)) > 1,
-        runs=len(comparison.sides[side]),
+        spread=max(map(len, comparison.sides.values())) > 1,
+        runs=len(comparison.sides[own]),
         name=folder.resolve().name,
-        source=source or f"hf-hub:{hub_id(folder, NAMESPACE)}",
+        source=f"hf-hub:{hub_id(folder, NAMESPACE)}",
         mode="L" if size[0] == 1 else "RGB",
         input_size=", ".join(map(str, size)),
         size=f"{size[1]}x{size[2]}",

@@ -3,12 +3,9 @@
 Not accelerate's `save_state`: it writes pickles, into a folder that a kill leaves half-filled.
 """
 
-import errno
 import hashlib
 import json
-import os
 import warnings
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .files import WriteError, write_atomically
 from .messages import shorten
 
 KEPT = 2
@@ -66,36 +64,6 @@ def _digest(tree: str, tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def sync_to_disk(path: Path) -> None:
-    """Returns when the file or folder (its names) is on the disk."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes `data` so that `path` holds all of it or what it held before, whatever happens meanwhile.
-
-    Raises:
-        CheckpointError: the disk is full or can't be written to; `path` is as before.
-    """
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        sync_to_disk(path.parent)
-    except OSError as e:
-        with suppress(OSError):  # where nothing can be written, nothing can be removed
-            partial.unlink(missing_ok=True)
-        reason = "the disk is full" if e.errno in (errno.ENOSPC, errno.EDQUOT) else e.strerror
-        raise CheckpointError(f"can't write {path}: {reason}; {len(data) / 1e6:.1f} MB are needed") from e
-
-
 def checkpoint_path(folder: Path, step: int) -> Path:
     """Where `save_checkpoint` writes."""
     return folder / f"{step:09d}.safetensors"
@@ -111,7 +79,10 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
     tree = json.dumps(_flatten(state, tensors))
     metadata = dict(tree=tree, sha256=_digest(tree, tensors))
     path = checkpoint_path(folder, step)
-    write_atomically(path, safetensors.torch.save(tensors, metadata))
+    try:
+        write_atomically(path, safetensors.torch.save(tensors, metadata))
+    except WriteError as e:
+        raise CheckpointError(str(e)) from e
     for old in sorted(folder.glob("*.safetensors"))[:-KEPT]:
         old.unlink(missing_ok=True)
     return path

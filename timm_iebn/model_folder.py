@@ -1,7 +1,6 @@
 """Model folders: what a training run writes, `timm.create_model('local-dir:…')` loads and the Hub holds."""
 
 import csv
-import hashlib
 import io
 import json
 import platform
@@ -22,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from . import __version__
 from .card import make_card
-from .checkpoint import sync_to_disk
+from .files import sha256, sync_to_disk
 from .messages import shorten
 from .recipe import Recipe
 from .zoo import WEIGHTS
@@ -78,7 +77,7 @@ def _write_files(
     model.pretrained_cfg = model.pretrained_cfg | dict(label_names=None, license=source.get("license"))
     config = dict(
         label_names=classes,
-        weights_sha256=hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest(),
+        weights_sha256=sha256(folder / WEIGHTS),
         parameters=sum(p.numel() for p in model.parameters()),
         macs=count_macs(model, data_config["input_size"]),
         training=_training(recipe, rows[-1], source.get("hf_hub_id")),

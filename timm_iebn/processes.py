@@ -1,11 +1,13 @@
 """The processes of a run: what they run on, who decides for all, and who asks them to stop."""
 
+import hashlib
 import importlib.util
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -13,7 +15,6 @@ from typing import Any
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, TorchDynamoPlugin, broadcast_object_list, parse_flag_from_env
 
-from .checkpoint import CheckpointError
 from .recipe import Recipe, RecipeError
 from .versions import check_versions
 
@@ -69,6 +70,14 @@ def create_training_accelerator(recipe: Recipe, project_dir: Path, trackers: Seq
     return accelerator
 
 
+def start_trackers(accelerator: Accelerator, recipe: Recipe, output: Path, project_dir: Path) -> None:
+    """Starts those that the accelerator has; a run that goes on is the same one to them."""
+    config = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in asdict(recipe).items()}
+    run_id = hashlib.sha256(f"{output.resolve()}\n{recipe.to_yaml()}".encode()).hexdigest()[:16]
+    wandb = dict(dir=str(project_dir), name=output.name, id=run_id, resume="allow")
+    accelerator.init_trackers("timm-iebn", config, dict(wandb=wandb))
+
+
 def on_main(work: Callable[[], Any]) -> Any:
     """What `work` returns or raises in the main process, in all: other machines may see other folders."""
     # PartialState itself does not look at what `accelerate launch --cpu` says
@@ -76,7 +85,7 @@ def on_main(work: Callable[[], Any]) -> Any:
     if state.is_main_process:
         try:
             result = work()
-        except (RecipeError, CheckpointError) as e:
+        except Exception as e:  # whatever it is, the others wait for it
             result = e
     if state.num_processes > 1:
         (result,) = broadcast_object_list([result])

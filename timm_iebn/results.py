@@ -1,8 +1,7 @@
 """What the zoo shows: each network beside its batch-norm twin, over seeds, as tables and as a plot."""
 
 import statistics
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,9 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, ScalarFormatter
 from scipy.stats import t
 
+from .models._registry import WARM_START
 from .recipe import Recipe, load_recipe
-from .safe_yaml import parse_yaml
-from .zoo import model_folders, read_config, speeds_of
+from .zoo import speeds_of, without_seed
 
 
 class Norm(NamedTuple):
@@ -25,22 +24,22 @@ class Norm(NamedTuple):
     mark: str  # in plots
     color: str
 
-    @property
-    def is_iebn(self) -> bool:
-        return self.suffix == "_iebn"
+
+BATCH_NORM = Norm("batch norm", "", "o", "tab:gray")
+IEBN = Norm("IEBN", "_iebn", "s", "tab:blue")
+SE = Norm("squeeze-and-excitation", "_se", "^", "tab:orange")  # behind batch norm
+NEUTRAL_IEBN = Norm("IEBN, neutral gates", "_iebn", "D", "tab:cyan")
+NORMS = (BATCH_NORM, IEBN, SE, NEUTRAL_IEBN)
+
+# arXiv 1908.04008
+_PAPER = {("resnet164_cifar", "cifar100"): {BATCH_NORM: 74.29, IEBN: 77.09}}
 
 
-NORMS = (
-    Norm("batch norm", "", "o", "tab:gray"),
-    Norm("IEBN", "_iebn", "s", "tab:blue"),
-    Norm("squeeze-and-excitation", "_se", "^", "tab:orange"),  # behind batch norm
-    Norm("IEBN, neutral gates", "_iebn", "D", "tab:cyan"),
-)
-
-# arXiv 1908.04008: batch norm, IEBN
-_PAPER = {("resnet164_cifar", "cifar100"): (74.29, 77.09)}
-
-Sides = tuple[dict[int, Path], ...]  # model folders by seed, for each of `NORMS`
+def norm_of(recipe: Recipe, architecture: str) -> Norm:
+    """The norm of the network that `recipe` has trained."""
+    if architecture.endswith(IEBN.suffix) or str(recipe.model_args.get("norm_layer")).startswith("iebn"):
+        return NEUTRAL_IEBN if recipe.model_args.get("neutral_gates") else IEBN
+    return SE if architecture.endswith(SE.suffix) else BATCH_NORM
 
 
 def mean_and_spread(values: Sequence[float], places: int = 2) -> str:
@@ -63,12 +62,19 @@ def paired_difference(ours: dict[int, float], baseline: dict[int, float], places
     return f"{mean:+.{places}f} [{mean - half:+.{places}f}, {mean + half:+.{places}f}]"
 
 
+class TrainedModel(NamedTuple):
+    """A model folder, and its config.json."""
+
+    folder: Path
+    config: dict[str, Any]
+
+
 @dataclass
 class Comparison:
     """Runs that differ in norm and seed only."""
 
     recipe: Recipe  # of the batch-norm side, whatever its seed
-    sides: Sides
+    sides: dict[Norm, dict[int, TrainedModel]]  # by seed
 
     @property
     def name(self) -> str:
@@ -79,52 +85,50 @@ class Comparison:
         return self.recipe.data.rpartition("/")[2]
 
     @property
-    def paper(self) -> tuple[float | None, ...]:
-        """What the paper reports for each side, in percent."""
-        found = () if self.recipe.pretrained else _PAPER.get((self.recipe.model, self.data), ())
-        return found + (None,) * (len(NORMS) - len(found))
+    def paper(self) -> dict[Norm, float]:
+        """What the paper reports, in percent."""
+        return {} if self.recipe.pretrained else _PAPER.get((self.recipe.model, self.data), {})
 
-    def config(self, side: int) -> dict[str, Any]:
-        """The config.json of a run of that side."""
-        return read_config(next(iter(self.sides[side].values())))
+    def config(self, norm: Norm) -> dict[str, Any]:
+        """The config.json of one of the runs with that norm."""
+        return next(iter(self.sides[norm].values())).config
 
-    def top1(self, side: int) -> dict[int, float]:
+    def top1(self, norm: Norm) -> dict[int, float]:
         """The last epoch's top-1 by seed, in percent."""
-        return {seed: read_config(folder)["training"]["test_top1"] for seed, folder in self.sides[side].items()}
+        return {seed: model.config["training"]["test_top1"] for seed, model in self.sides.get(norm, {}).items()}
 
-    def mean(self, side: int) -> str:
-        return mean_and_spread([*self.top1(side).values()])
+    def mean(self, norm: Norm) -> str:
+        return mean_and_spread([*self.top1(norm).values()])
 
-    def difference(self, side: int) -> str:
+    def difference(self, norm: Norm) -> str:
         """From batch norm."""
-        return paired_difference(self.top1(side), self.top1(0)) if side else ""
+        return "" if norm is BATCH_NORM else paired_difference(self.top1(norm), self.top1(BATCH_NORM))
 
 
-def compare(folders: Iterable[Path]) -> list[Comparison]:
-    """The runs of model folders, each network beside its twin.
+def compare(configs: dict[Path, dict[str, Any]]) -> list[Comparison]:
+    """The runs of model folders, each network beside its twin, from their config.json and recipe.yaml.
 
     Raises:
         ValueError: two folders hold the same run.
     """
-    rows: dict[str, Sides] = defaultdict(lambda: tuple({} for _ in NORMS))  # by the recipe without norm and seed
-    for folder in folders:
-        recipe, model = load_recipe(folder / "recipe.yaml"), read_config(folder)["architecture"]
+    found: dict[str, Comparison] = {}  # by the recipe without norm and seed
+    for folder, config in sorted(configs.items()):
+        recipe = load_recipe(folder / "recipe.yaml")
+        norm = norm_of(recipe, config["architecture"])
         model_args = {k: v for k, v in recipe.model_args.items() if k not in ("norm_layer", "neutral_gates")}
-        side = next((i for i, norm in enumerate(NORMS) if i and model.endswith(norm.suffix)), 0)
-        if str(recipe.model_args.get("norm_layer")).startswith("iebn"):
-            side = 1
-        if side == 1 and recipe.model_args.get("neutral_gates"):
-            side = 3
-        key = replace(recipe, model=model.removesuffix(NORMS[side].suffix), model_args=model_args, seed=0).to_yaml()
-        runs = rows[key][side]
+        model = config["architecture"].removesuffix(norm.suffix)
+        tag = recipe.model.rpartition("/")[2].partition(".")[2].removeprefix(WARM_START)
+        if recipe.pretrained and tag:  # networks that start from other weights are others
+            model = f"{model}.{without_seed(tag)}"
+        common = replace(recipe, model=model, model_args=model_args, seed=0)
+        comparison = found.setdefault(common.to_yaml(), Comparison(common, {}))
+        runs = comparison.sides.setdefault(norm, {})
         if recipe.seed in runs:
-            raise ValueError(f"{folder.name} is the same run as {runs[recipe.seed].name}: remove one of them")
-        runs[recipe.seed] = folder
-    return [Comparison(Recipe(**parse_yaml(key)), sides) for key, sides in rows.items()]
-
-
-def _comparisons(zoo: Path) -> list[Comparison]:
-    return compare(sorted(model_folders(zoo)))
+            raise ValueError(f"{folder.name} is the same run as {runs[recipe.seed].folder.name}: remove one of them")
+        runs[recipe.seed] = TrainedModel(folder, config)
+    for comparison in found.values():
+        comparison.sides = {norm: comparison.sides[norm] for norm in NORMS if norm in comparison.sides}
+    return [*found.values()]
 
 
 def count(number: int) -> str:
@@ -132,61 +136,58 @@ def count(number: int) -> str:
     return f"{number / 1e6:.4g} M" if number >= 1e5 else str(number)
 
 
-def results_table(zoo: Path) -> str:
-    """The results of all model folders in `zoo` as a Markdown table."""
+def results_table(comparisons: list[Comparison], zoo: Path) -> str:
+    """The results of `zoo` as a Markdown table."""
     lines = [
         "| Network | Data | Epochs | Norm | Parameters | MACs | Images/s | Top-1, % | Difference | Paper, % | Runs |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in _comparisons(zoo):
-        for side, norm in enumerate(NORMS):
-            if not row.sides[side]:
-                continue
-            config = row.config(side)
+    for row in comparisons:
+        for norm, runs in row.sides.items():
+            config = row.config(norm)
             speed = ", ".join(f"{v:.0f} ({k})" for k, v in speeds_of(config, zoo).items()) or "-"
-            paper = f"{row.paper[side]:.2f}" if row.paper[side] else "-"
-            logs = " ".join(f"[seed {seed}]({path.name})" for seed, path in sorted(row.sides[side].items()))
+            paper = f"{row.paper[norm]:.2f}" if norm in row.paper else "-"
+            logs = " ".join(f"[seed {seed}]({model.folder.name})" for seed, model in sorted(runs.items()))
             cost = count(config["parameters"]), count(config["macs"]), speed
-            result = row.mean(side), row.difference(side), paper
+            result = row.mean(norm), row.difference(norm), paper
             cells = row.name, row.data, str(row.recipe.epochs), norm.name, *cost, *result, logs
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def short_table(zoo: Path) -> str:
+def short_table(comparisons: list[Comparison]) -> str:
     """One line for each network trained from scratch with both norms: what a README has room for."""
     lines = ["| Network | Data | Epochs | Batch norm, top-1 % | IEBN, top-1 % | Difference |"]
     lines.append("|---|---|---|---|---|---|")
-    for row in _comparisons(zoo):
-        if all(row.sides[:2]) and not row.recipe.pretrained:
-            cells = row.name, row.data, str(row.recipe.epochs), row.mean(0), row.mean(1), row.difference(1)
-            lines.append(f"| {' | '.join(cells)} |")
+    for row in comparisons:
+        if {BATCH_NORM, IEBN} <= row.sides.keys() and not row.recipe.pretrained:
+            results = row.mean(BATCH_NORM), row.mean(IEBN), row.difference(IEBN)
+            lines.append(f"| {' | '.join((row.name, row.data, str(row.recipe.epochs), *results))} |")
     return "\n".join(lines) + "\n"
 
 
-def plot_results(zoo: Path, path: Path) -> None:
-    """Accuracy against multiply-accumulates, IEBN beside batch norm, as PNG; bars are standard deviations."""
-    rows = _comparisons(zoo)
-    data = sorted({row.data for row in rows})  # accuracies on different ones can't be compared
+def plot_results(comparisons: list[Comparison]) -> Figure:
+    """Accuracy against multiply-accumulates, IEBN beside batch norm; bars are standard deviations."""
+    data = sorted({row.data for row in comparisons})  # accuracies on different ones can't be compared
     figure = Figure(figsize=(6 * max(1, len(data)), 4), layout="constrained")
     for axes, name in zip(figure.subplots(1, max(1, len(data)), squeeze=False)[0], data, strict=False):
-        _plot_data([row for row in rows if row.data == name], axes)
+        _plot_data([row for row in comparisons if row.data == name], axes)
         axes.set_title(name)
-    figure.savefig(path, dpi=120)
+    return figure
 
 
 def _plot_data(rows: list[Comparison], axes: Axes) -> None:
     for row in rows:
-        for side, norm in enumerate(NORMS):
-            if top1 := [*row.top1(side).values()]:
-                bar = statistics.stdev(top1) if len(top1) > 1 else None
-                # side by side, or one bar would hide another
-                at = row.config(side)["macs"] / 1e6 * 1.02 ** (side - 0.5), statistics.mean(top1)
-                axes.errorbar(*at, yerr=bar, fmt=norm.mark, color=norm.color, capsize=3, label=norm.name)
+        for norm in row.sides:
+            top1 = [*row.top1(norm).values()]
+            bar = statistics.stdev(top1) if len(top1) > 1 else None
+            # side by side, or one bar would hide another
+            at = row.config(norm)["macs"] / 1e6 * 1.02 ** (NORMS.index(norm) - 0.5), statistics.mean(top1)
+            axes.errorbar(*at, yerr=bar, fmt=norm.mark, color=norm.color, capsize=3, label=norm.name)
         note = f"{row.name}\n{row.recipe.epochs} epochs"
         axes.annotate(note, at, xytext=(8, -14), textcoords="offset points", annotation_clip=False)
     axes.set_xscale("log")
-    costs = {round(row.config(i)["macs"] / 1e6) for row in rows for i in range(len(NORMS)) if row.sides[i]}
+    costs = {round(row.config(norm)["macs"] / 1e6) for row in rows for norm in row.sides}
     if costs:
         axes.set_xlim(min(costs) / 1.4, max(costs) * 1.4)
     axes.xaxis.set_minor_locator(NullLocator())

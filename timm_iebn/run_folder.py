@@ -7,7 +7,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .checkpoint import write_atomically
+from .files import write_atomically
 from .model_folder import read_log
 from .recipe import Recipe, RecipeError, load_recipe
 
@@ -24,6 +24,8 @@ def check_output(recipe: Recipe, output: Path, resume: bool) -> None:
     folder = work_folder(output)
     if output.exists():
         raise RecipeError(f"output: {output} exists already; choose another one or move it away")
+    if folder.exists() and not folder.is_dir():
+        raise RecipeError(f"output: {folder}, where the run would work, is a file: choose another output or move it")
     if not folder.exists() or {p.name for p in folder.iterdir()} <= {"lock", "recipe.yaml", "recipe.yaml.partial"}:
         return  # no run, or one that came to nothing
     if not (folder / "recipe.yaml").exists():
@@ -83,12 +85,12 @@ def open_folder(recipe: Recipe, output: Path, resume: bool, lock: FileLock) -> N
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
+        check_output(recipe, output, resume)  # once more: another run may have come and gone
+        for path in folder.glob("*.partial"):  # of a run that was killed
+            path.unlink()
+        shutil.rmtree(folder / "result", ignore_errors=True)
+        write_atomically(folder / "recipe.yaml", recipe.to_yaml().encode())
     except Timeout as e:
         raise RecipeError(f"output: another process is training in {folder}") from e
     except OSError as e:
-        raise RecipeError(f"output: can't write to {folder}: {e.strerror}") from e
-    check_output(recipe, output, resume)  # once more: another run may have come and gone
-    for path in folder.glob("*.partial"):  # of a run that was killed
-        path.unlink()
-    shutil.rmtree(folder / "result", ignore_errors=True)
-    write_atomically(folder / "recipe.yaml", recipe.to_yaml().encode())
+        raise RecipeError(f"output: can't write to {folder}: {e.strerror or e}") from e

@@ -1,11 +1,9 @@
 """The training loop: a recipe in, a model folder out; stopped at any moment, it goes on from its last checkpoint."""
 
-import hashlib
 import math
 import signal
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +15,14 @@ from torch.nn import functional as F
 
 from .attacks import noise_in_eval
 from .batch_noise import batch_noise
-from .checkpoint import CheckpointError, checkpoint_path, load_latest, save_checkpoint, write_atomically
+from .checkpoint import CheckpointError, checkpoint_path, load_latest, save_checkpoint
 from .display import Display
 from .evaluate import evaluate
+from .files import WriteError, write_atomically
 from .loaders import is_worker_death, seed_everything
 from .messages import shorten
 from .model_folder import log_text, save_model_folder
-from .processes import StopRequest, create_training_accelerator, on_main
+from .processes import StopRequest, create_training_accelerator, on_main, start_trackers
 from .recipe import Recipe, RecipeError
 from .run_folder import check_output, clean_up, finished_row, folder_lock, open_folder, work_folder
 from .workload import Workload
@@ -72,21 +71,21 @@ class Trainer:
         on_main(lambda: check_output(recipe, output, resume))
         set_seed(recipe.seed)
         self.workload = Workload(recipe, self.accelerator, data_dir, mix_data_dir, workers)
-        self.lock = folder_lock(output)
-        on_main(lambda: open_folder(recipe, output, resume, self.lock))
-        config = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in asdict(recipe).items()}
-        run_id = hashlib.sha256(f"{output.resolve()}\n{recipe.to_yaml()}".encode()).hexdigest()[:16]
-        wandb = dict(dir=str(self.folder), name=output.name, id=run_id, resume="allow")
-        self.accelerator.init_trackers("timm-iebn", config, dict(wandb=wandb))
-
         self.epoch, self.step = 0, 0  # the next batch
         self.rows: list[dict[str, Any]] = []
         self.sums = self._zeros()
         self.rates: dict[int, float] = {}  # of the epoch's batches
         self.last_checkpoint: Path | None = None
         self.request = StopRequest()
-        if resume:
-            self._resume()
+        self.lock = folder_lock(output)
+        try:
+            on_main(lambda: open_folder(recipe, output, resume, self.lock))
+            start_trackers(self.accelerator, recipe, output, self.folder)
+            if resume:
+                self._resume()
+        except BaseException:
+            self.lock.release()
+            raise
         place, batches = (self.epoch, self.step), len(self.workload.train_loader)
         self.display = Display(recipe.epochs, batches, place, self.accelerator.is_main_process)
         where = f"{self.accelerator.num_processes} x {self.accelerator.device.type}, {torch.get_num_threads()} threads"
@@ -234,7 +233,7 @@ class Trainer:
             try:
                 with self.display.progress:
                     self._run_epochs()
-            except RecipeError as e:  # an image that can't be read, met late
+            except (RecipeError, WriteError) as e:  # an image that can't be read, met late; a log that can't be written
                 raise TrainingError(f"{e}; {self._left()}") from e
             except RuntimeError as e:
                 if not is_worker_death(e):
@@ -332,7 +331,7 @@ def train(
 
     Raises:
         RecipeError: something is impossible; before the first step, and nothing is written.
-        TrainingError: the loss is not finite, or an image can't be read.
+        TrainingError: the loss is not finite, an image can't be read, or the log can't be written.
         CheckpointError: a checkpoint can't be written, or none can be read.
         Stopped: SIGTERM or Ctrl-C; a checkpoint is written.
     """

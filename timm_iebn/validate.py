@@ -65,4 +65,4 @@ def _recipe(name: str, given: dict[str, str]) -> Recipe:
         raise RecipeError(f"model: {name!r} is neither a folder nor a registered name{suggestion(name)}")
     if "data" not in given:
         raise RecipeError("data: say which data with --data")
-    return Recipe(model=name, epochs=1, milestones=(), **given)
+    return Recipe(model=name, **given)

@@ -1,12 +1,12 @@
 """The zoo: the model folders that come with the package, their tags, and their places on the Hub."""
 
 import csv
-import hashlib
 import json
 import os
 import re
 import warnings
 from collections import Counter
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
 from timm.models._hub import hf_split
 
+from .files import sha256
 from .messages import shorten
 
 _INSTALLED = Path(__file__).with_name("_zoo")
@@ -80,12 +81,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def model_folders(zoo: Path = ZOO) -> list[Path]:
-    """The trained networks in `zoo`. The first one of an architecture is its default: the longest training from
-    scratch, the lowest seed; never the best result, which would be a choice by the test split.
+def read_zoo(zoo: Path = ZOO) -> dict[Path, dict[str, Any]]:
+    """The config.json of each model folder in `zoo`. The first one of an architecture is its default: the longest
+    training from scratch, the lowest seed; never the best result, which would be a choice by the test split.
     """
-
-    ranks = {}
+    ranks, configs = {}, {}
     for path in zoo.glob("*/config.json"):
         try:
             config = read_config(path.parent)
@@ -96,8 +96,16 @@ def model_folders(zoo: Path = ZOO) -> list[Path]:
         except (ValueError, OSError) as e:
             warnings.warn(f"{path.parent} is left out ({e})", stacklevel=2)
         else:
-            ranks[path.parent] = rank
-    return sorted(ranks, key=ranks.get)
+            ranks[path.parent], configs[path.parent] = rank, config
+    return {folder: configs[folder] for folder in sorted(ranks, key=ranks.get)}
+
+
+def model_folders(zoo: Path = ZOO) -> list[Path]:
+    """The model folders in `zoo`, in the order of `read_zoo`."""
+    return [*read_zoo(zoo)]
+
+
+_read_shipped = cache(read_zoo)  # for each architecture that is registered
 
 
 def zoo_cfgs(architecture: str, base: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -106,8 +114,7 @@ def zoo_cfgs(architecture: str, base: dict[str, Any]) -> dict[str, dict[str, Any
     A checkpoint that is here has both a file, which timm prefers, and a repository on the Hub.
     """
     cfgs = {}
-    for folder in model_folders():
-        config = read_config(folder)
+    for folder, config in _read_shipped().items():
         if config["architecture"] != architecture:
             continue
         own = {k: tuple(v) if isinstance(v, list) else v for k, v in config["pretrained_cfg"].items() if k in base}
@@ -141,7 +148,7 @@ def check_weights(weights: Path) -> None:
         expected = None
     if expected is None or not weights.exists() or (digest := sha256(weights)) == expected:
         return
-    if weights.parent.parent == ZOO:
+    if weights.parent.resolve().parent == ZOO.resolve():
         raise RuntimeError(
             f"{weights} is damaged (its sha256 is {digest}): install timm-iebn again, or take the file from git again"
         )
@@ -161,10 +168,11 @@ def check_download(hub_id: str, cache_dir: str | Path | None = None) -> None:
     repo, revision = hf_split(hub_id)
     path = try_to_load_from_cache(repo, WEIGHTS, cache_dir, revision)
     if isinstance(path, str):
-        blob, shipped = Path(path).resolve(), ZOO / repo.partition("/")[2] / "config.json"
+        blob, (owner, _, name) = Path(path).resolve(), repo.partition("/")
         expected = {blob.name} if re.fullmatch("[0-9a-f]{64}", blob.name) else set()
-        if shipped.exists():
-            expected.add(read_config(shipped.parent)["weights_sha256"])
+        # others may give the name to a training of their own
+        if owner in (NAMESPACE, hub_namespace()) and (ZOO / name / "config.json").exists():
+            expected.add(read_config(ZOO / name)["weights_sha256"])
         if expected - {sha256(blob)}:
             blob.unlink(missing_ok=True)
             Path(path).unlink(missing_ok=True)
@@ -172,11 +180,6 @@ def check_download(hub_id: str, cache_dir: str | Path | None = None) -> None:
                 f"The weights of {hub_id} are damaged, or others than this version of timm-iebn knows: {blob} was not "
                 "what its sha256 says and has been removed from the cache. Load them again."
             )
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class ZooModel(NamedTuple):
@@ -200,12 +203,11 @@ def list_zoo(pattern: str = "*", zoo: Path = ZOO) -> list[ZooModel]:
     Args:
         pattern: of the names, as in `timm.list_models`: 'resnet20_*'.
     """
-    models = []
-    seeds = Counter(_without_seed(folder) for folder in model_folders(zoo))
-    for folder in model_folders(zoo):
+    models, configs = [], read_zoo(zoo)
+    seeds = Counter(without_seed(folder.name) for folder in configs)
+    for folder, config in configs.items():
         if not folder.match(pattern):
             continue
-        config = read_config(folder)
         training = config["training"]
         models.append(
             ZooModel(
@@ -214,7 +216,7 @@ def list_zoo(pattern: str = "*", zoo: Path = ZOO) -> list[ZooModel]:
                 training["test_top1"],
                 training["test_top5"],
                 training["epochs"],
-                seeds[_without_seed(folder)],
+                seeds[without_seed(folder.name)],
                 config["parameters"],
                 config["macs"],
                 speeds_of(config, zoo),
@@ -224,8 +226,9 @@ def list_zoo(pattern: str = "*", zoo: Path = ZOO) -> list[ZooModel]:
     return models
 
 
-def _without_seed(folder: Path) -> str:
-    return re.sub(r"seed\d+$", "", folder.name)
+def without_seed(tag: str) -> str:
+    """What the tags of one recipe's checkpoints have in common."""
+    return re.sub(r"seed\d+$", "", tag)
 
 
 def speeds_of(config: dict[str, Any], zoo: Path = ZOO) -> dict[str, float]:
