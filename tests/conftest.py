@@ -3,11 +3,11 @@ import os
 import random
 import re
 
+import numpy as np
 import pytest
 import torch
 from training import RICH, run
 
-os.environ.pop("DATA_DIR", None)  # of the user's own runs
 os.environ["ACCELERATE_USE_CPU"] = "true"  # equal bits are promised on one CPU
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the kernels, which run interpreted on the latter
 if DEVICE == "cpu":  # before the kernels are imported
@@ -26,10 +26,11 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def fresh_seed(request):
-    """Every run draws new inputs; the seed is in the test's report if it fails."""
-    seed = torch.seed() % 2**32
+    """Every run draws new inputs; the seed is in the test's report if it fails, and SEED=... draws them again."""
+    seed = int(os.environ.get("SEED", torch.seed() % 2**32))
     torch.manual_seed(seed)
     random.seed(seed)
+    np.random.seed(seed)
     request.node.user_properties.append(("seed", seed))
     print(f"seed {seed}")
 

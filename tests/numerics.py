@@ -95,7 +95,8 @@ def check(path, tensors, grad, mode, mean, dtype, layout):
         if dtype == torch.float64:  # the formula's error is not known then
             ulp *= 100
         allowed = max(ulp, variance, *(e[n] for e in (errors(formula, exact), errors(bn, exact_bn)) for n in group))
-        assert max(found[n] for n in group) <= 16 * allowed, f"{found}, allowed 16 * {allowed:.2g}"
+        # max() would pass over a NaN
+        assert all(found[n] <= 16 * allowed for n in group), f"{found}, allowed 16 * {allowed:.2g}"
 
 
 def variance_error(x, dtype, param_dtype, layout):

@@ -5,6 +5,7 @@ import copy
 import pytest
 import timm
 import torch
+import torchvision
 from conftest import randomize
 from networks import norms
 from timm.layers import BatchNormAct2d
@@ -225,6 +226,12 @@ def test_shortcuts_are_known_in_timms_families(name, shortcuts):
     net = timm.create_model(name)
     total = len(norms(net, nn.BatchNorm2d))
     assert len(norms(convert_bn_to_iebn(net))) == total - shortcuts
+
+
+def test_the_shortcuts_of_torchvisions_regnet_are_known():
+    net = torchvision.models.regnet_y_400mf()
+    total = len(norms(net, nn.BatchNorm2d))
+    assert len(norms(convert_bn_to_iebn(net))) == total - 4
 
 
 def test_learned_gates_do_not_become_batch_norm():

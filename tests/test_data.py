@@ -1,15 +1,17 @@
 import multiprocessing
+import random
 import tarfile
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from torch.nn import functional as F
 from training import hub_split, image_folder
 
 from timm_iebn.data import Images, load_images, open_data
-from timm_iebn.loaders import MemoryLoader, Share, TimmLoader, crop_and_flip
+from timm_iebn.loaders import MemoryLoader, Share, TimmLoader, crop_and_flip, make_loader, make_share
 from timm_iebn.recipe import Recipe, RecipeError
 
 # timm's reader of image folders leaves closing to the garbage collector
@@ -105,6 +107,52 @@ def test_an_epoch_goes_on_in_its_middle_with_the_very_same_batches(kind, workers
     assert len(rest) == 2 and all(torch.equal(a, b) for a, (b, _) in zip(whole[2:], rest, strict=True))
 
 
+def by_label(batches):
+    """The images of an epoch in the order of their labels, which are all different."""
+    images, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    return images[y.argsort()]
+
+
+def random_split(size=12):
+    return Images(torch.randint(0, 256, (64, 3, size, size), dtype=torch.uint8), torch.arange(64), ["a"] * 64)
+
+
+def share_changed(a, b):
+    return (a != b).flatten(1).any(1).float().mean().item()
+
+
+def test_each_epoch_augments_anew(kind):
+    split = random_split()
+    plain = by_label(loader_of(kind, split, recipe(loader=kind)).epoch(0))
+    assert torch.equal(plain, by_label(loader_of(kind, split, recipe(loader=kind)).epoch(1)))
+    loader = loader_of(kind, split, recipe(loader=kind, crop_padding=2, hflip=True))
+    epochs = [by_label(loader.epoch(epoch)) for epoch in range(2)]
+    # 50 outcomes, one of which is the image itself
+    assert share_changed(*epochs) > 0.7 and share_changed(epochs[0], plain) > 0.7
+
+
+def test_random_erasing_and_auto_augment_change_images(kind):
+    split = random_split()
+    plain = by_label(loader_of(kind, split, recipe(loader=kind)).epoch())
+    loader = loader_of(kind, split, recipe(loader=kind, random_erasing=1.0))
+    erased = [by_label(loader.epoch(epoch)) for epoch in range(2)]
+    assert share_changed(erased[0], plain) == share_changed(*erased) == 1
+    assert 0 < (erased[0] == plain).float().mean() < 1  # a part of each image
+    if kind == "timm":
+        augmented = loader_of(kind, split, recipe(loader=kind, auto_augment="rand-m9-n3"))
+        assert share_changed(by_label(augmented.epoch()), plain) > 0.7
+
+
+def test_the_preprocessing_is_the_models_changed_by_the_recipe():
+    net, split = timm.create_model("resnet20_cifar"), random_split(size=32)
+    share, config = make_share(net, split)
+    assert share.mean == net.default_cfg["mean"] and share.std == net.default_cfg["std"]
+    share, config = make_share(net, split, data_config=dict(mean=[0.4] * 3, std=[0.2] * 3))
+    assert share.mean == config["mean"] == (0.4,) * 3 and share.std == (0.2,) * 3
+    images = torch.cat([images for images, _ in make_loader(split, share, config).epoch()])
+    torch.testing.assert_close(images, (split.images.float() / 255 - 0.4) / 0.2)
+
+
 def test_the_seed_decides_the_order(kind):
     a, b, c = (labels(loader_of(kind, numbered(64), recipe(loader=kind, seed=s)).epoch()) for s in (1, 1, 2))
     assert a == b != c
@@ -125,16 +173,17 @@ def test_both_loaders_draw_from_the_same_distribution():
     image = torch.arange(1, 28, dtype=torch.uint8).view(1, 3, 3, 3)
     split = Images(image.expand(1800, -1, -1, -1), torch.zeros(1800, dtype=torch.long), ["a"])
     counts = []
+    seed = random.randrange(2**31)
     for kind in ("memory", "timm"):
-        given = recipe(loader=kind, crop_padding=1, hflip=True, batch_size=600)
+        given = recipe(loader=kind, crop_padding=1, hflip=True, batch_size=600, seed=seed)
         drawn = torch.cat([images for e in range(2) for images, _ in loader_of(kind, split, given).epoch(e)])
         outcomes, count = np.unique(drawn.round().byte().reshape(len(drawn), -1).numpy(), axis=0, return_counts=True)
         counts.append(dict(zip((row.tobytes() for row in outcomes), count, strict=True)))
     memory, timm = counts
     assert memory.keys() == timm.keys() and len(memory) == 18
     expected = 3600 / 18
-    for found in counts:  # chi-squared with 17 degrees of freedom: above 51 once in 30,000
-        assert sum((count - expected) ** 2 / expected for count in found.values()) < 51
+    for found in counts:  # chi-squared with 17 degrees of freedom: above 65 once in 10 million
+        assert sum((count - expected) ** 2 / expected for count in found.values()) < 65
 
 
 def test_both_loaders_give_the_same_test_batches():
@@ -160,7 +209,7 @@ def test_digits_splits_are_disjoint_and_whole():
 @pytest.fixture
 def pictures(tmp_path):
     """The same pictures of two classes as parquet of the Hub's form and as timm's image folders."""
-    pixels = np.random.default_rng().integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
+    pixels = np.random.randint(256, size=(6, 8, 8, 3), dtype=np.uint8)
     names = ["ant", "bee"]
     for split, rows in (("train", range(4)), ("test", range(4, 6))):
         hub_split(tmp_path / "hub", split, pixels[rows], [i % 2 for i in rows], names)

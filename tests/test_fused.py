@@ -1,16 +1,21 @@
 """Networks whose blocks add and activate inside the kernels."""
 
+import importlib
+from functools import partial
+
 import pytest
 import timm
 import torch
 from conftest import DEVICE, randomize
+from timm.layers import BlurPool2d, DropBlock2d, DropPath
 from timm.models.resnet import BasicBlock, Bottleneck
 
 import timm_iebn
 from timm_iebn.models._fused import fuse_blocks
 from timm_iebn.ops import backend
 
-triton = pytest.importorskip("timm_iebn.ops.triton", reason="Triton is not installed: pip install triton")
+pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+triton = importlib.import_module("timm_iebn.ops.triton")
 
 
 @pytest.mark.parametrize(
@@ -36,14 +41,31 @@ def test_a_network_gives_the_same_fused_and_unfused(name, training):
 @pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
 @pytest.mark.parametrize("downsampled", [True, False])
 def test_a_block_gives_the_same_fused_and_unfused(block, downsampled):
-    down = torch.nn.Conv2d(16, 16, 1) if downsampled else None
-    made = block(16, 16 // block.expansion, downsample=down, norm_layer=timm_iebn.IEBN2d, act_layer=torch.nn.ReLU)
-    made = fuse_blocks(randomize(made)).to(DEVICE)
+    _assert_same_fused(block, downsample=torch.nn.Conv2d(16, 16, 1) if downsampled else None)
+
+
+@pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
+@pytest.mark.parametrize("part", ["se", "aa", "drop_path", "drop_block"])
+def test_what_stands_behind_the_norms_of_a_block_stays(block, part):
+    parts = dict(
+        se=lambda: dict(attn_layer="se"),
+        aa=lambda: dict(aa_layer=BlurPool2d, stride=2, downsample=torch.nn.Conv2d(16, 16, 1, stride=2)),
+        drop_path=lambda: dict(drop_path=DropPath(0.5)),
+        drop_block=lambda: dict(drop_block=partial(DropBlock2d, drop_prob=0.5, block_size=3)),
+    )
+    _assert_same_fused(block, **parts[part]())
+
+
+def _assert_same_fused(block, **kwargs):
+    # of a ReLU, one input within rounding of 0 would change gradients
+    kwargs |= dict(norm_layer=timm_iebn.IEBN2d, act_layer=torch.nn.SiLU)
+    made = fuse_blocks(randomize(block(16, 16 // block.expansion, **kwargs))).to(DEVICE)
     assert isinstance(made, block) and type(made) is not block
     state, found = {k: v.clone() for k, v in made.state_dict().items()}, []
     x = torch.randn(4, 16, 9, 7, device=DEVICE)
     for chosen in ("eager", "triton"):
         made.load_state_dict(state)
+        torch.manual_seed(0)  # of what is dropped
         with backend(chosen):
             leaf = x.clone().requires_grad_()
             y = made(leaf)

@@ -73,6 +73,10 @@ def _claim(key, value):
         (_config(parameters=None), "lacks 'parameters'"),
         (_config(num_classes=99), "as many classes and names"),
         (_config(architecture="resnet32_cifar_iebn"), "should be named resnet32_cifar_iebn.TAG"),
+        (
+            _edit("config.json", '"pretrained_cfg": {', '"pretrained_cfg": {"hf_hub_filename": "x.bin",'),
+            "another file for",
+        ),
         (_config(weights_sha256=None), "lacks 'weights_sha256'"),
         (lambda f: (f / "curves.png").write_bytes(b"\x80\x04."), "curves.png is no PNG"),
         (lambda f: (f / "README.md").write_text("---\na: [\n---\n"), "can't be read"),

@@ -16,14 +16,16 @@ import torch
 from accelerate.utils import is_compiled_module
 from packaging.version import Version
 from torch import nn
-from training import ENVIRONMENT, SHORT, image_folder, log, run, weights
+from training import ENVIRONMENT, SHORT, image_folder, run, weights
 
 from timm_iebn.data import Images
 from timm_iebn.evaluate import evaluate
 from timm_iebn.loaders import MemoryLoader, Share
 from timm_iebn.model_folder import commit_of, read_log, save_weights
+from timm_iebn.processes import create_accelerator
 from timm_iebn.recipe import Recipe, RecipeError, load_recipe
 from timm_iebn.train import Trainer, TrainingError
+from timm_iebn.validate import open_network
 
 
 @pytest.fixture(scope="module")
@@ -244,8 +246,11 @@ def test_what_a_recipe_asks_for_trains_and_loads(wanted, tmp_path):
     folder = tmp_path / "out"
     result = run("--output", folder, "--track", "tensorboard", *SHORT, *wanted, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert all(float(r["train_loss"]) < 3 for r in log(folder))
-    timm.create_model(f"local-dir:{folder}", pretrained=True)
+    rows = read_log(folder / "log.csv")
+    assert all(row["train_loss"] < 3 for row in rows)
+    # training may be in bfloat16, evaluation is in float32
+    model, batches, _ = open_network(str(folder), create_accelerator())
+    assert rows[-1]["test_loss"] == pytest.approx(evaluate(model, batches)["test_loss"], rel=2e-5)
     assert list(folder.with_name("out.run").rglob("events.out.tfevents.*"))
 
 
@@ -261,6 +266,23 @@ def test_the_parts_of_an_accumulated_batch_add_up_to_it(tmp_path):
         assert trainer.updates == 3 and trainer.step == 3 * n
         moves.append(nn.utils.parameters_to_vector(trainer.workload.net.parameters()).detach() - start)
     assert (moves[1] - moves[0]).norm() < 1e-3 * moves[0].norm() > 0
+
+
+def test_loss_and_accuracies_are_those_of_the_logits():
+    logits, y = torch.randn(700, 9), torch.randint(9, (700,))
+    pixels = torch.arange(700)[:, None] // torch.tensor([256, 1]) % 256  # of an image, which is its number
+    split = Images(pixels.byte().view(700, 1, 1, 2), y, list("abcdefghi"))
+
+    class Known(nn.Module):
+        def forward(self, images):
+            return logits[(images.flatten(1).round() @ torch.tensor([256.0, 1.0])).long()]
+
+    row = evaluate(Known(), MemoryLoader(split, Share((0.0,), (1 / 255,))))
+    better = (logits > logits[torch.arange(700), y][:, None]).sum(1)  # than the right class
+    loss = (logits.exp().sum(1).log() - logits[torch.arange(700), y]).mean().item()
+    assert row["test_loss"] == pytest.approx(loss, rel=1e-5)
+    assert row["test_top1"] == pytest.approx(100 * (better < 1).float().mean().item())
+    assert row["test_top5"] == pytest.approx(100 * (better < 5).float().mean().item())
 
 
 def test_evaluation_is_in_full_float32():

@@ -3,6 +3,8 @@
 Both compute the same values; what the interpreter can't show of the kernels is in test_triton_gpu.
 """
 
+import importlib
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -13,8 +15,9 @@ import timm_iebn
 from timm_iebn.ops import backend, iebn, iebn_reference
 from timm_iebn.ops.activations import ACTIVATIONS
 
-triton = pytest.importorskip("timm_iebn.ops.triton", reason="Triton is not installed: pip install triton")
-custom = pytest.importorskip("timm_iebn.ops.custom")
+pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+triton = importlib.import_module("timm_iebn.ops.triton")
+custom = importlib.import_module("timm_iebn.ops.custom")
 SHAPES = [(4, 8, 7, 5), (1, 3, 6, 6), (6, 5, 1, 1), (3, 1, 33, 2), (2, 77, 9, 9), (1, 24, 70, 71)]
 
 
@@ -78,6 +81,17 @@ def test_residual_and_activation_are_as_exact_as_behind_the_formula(training, la
         found.append([y.detach(), *grads, *stats])
     for ours, exact in zip(*found, strict=True):
         assert (ours - exact).abs().max() < 2e-5 * exact.abs().max().clamp(min=(grad.numel() / 20) ** 0.5 / 10)
+
+
+@pytest.mark.parametrize("shape", [(3, 20, 9, 11), (3, 20, 1, 1), (20, 1, 1)], ids=str)
+def test_a_residual_that_the_kernels_do_not_take_is_added_behind_them(shape):
+    """One of another dtype, and those that spread over the image."""
+    residual = torch.randn(shape, dtype=torch.float64 if len(shape) == 4 and shape[2] > 1 else torch.float32)
+    (x, *params), _ = draw((3, 20, 9, 11))
+    inputs = [t.float() for t in (x, *params)]
+    ours, expected = (f(*inputs, None, None, True, 0.1, 1e-5, residual=residual, act="silu") for f in (fused, composed))
+    assert ours.dtype == expected.dtype
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -12,7 +12,7 @@ from numerics import DTYPES, LAYOUTS, composed, draw
 import timm_iebn
 from timm_iebn.ops import iebn
 
-pytest.importorskip("timm_iebn.ops.triton", reason="Triton is not installed: pip install triton")
+pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
 COMPILE = """
 import inspect, re, subprocess, sys, tempfile

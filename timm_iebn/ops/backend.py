@@ -12,7 +12,9 @@ from . import cpu, passes
 
 try:
     from . import triton
-except ImportError:  # it comes with torch's builds for GPUs only
+except ModuleNotFoundError as e:  # it comes with torch's builds for GPUs only
+    if e.name.partition(".")[0] != "triton":
+        raise
     triton = None
 
 BACKENDS = ("auto", "reference", "eager", "triton")
