@@ -248,7 +248,6 @@ def test_what_a_recipe_asks_for_trains_and_loads(wanted, tmp_path):
     assert result.returncode == 0, result.stderr
     rows = read_log(folder / "log.csv")
     assert all(row["train_loss"] < 3 for row in rows)
-    # training may be in bfloat16, evaluation is in float32
     model, batches, _ = open_network(str(folder), create_accelerator())
     assert rows[-1]["test_loss"] == pytest.approx(evaluate(model, batches)["test_loss"], rel=2e-5)
     assert list(folder.with_name("out.run").rglob("events.out.tfevents.*"))

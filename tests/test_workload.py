@@ -4,12 +4,15 @@ work out themselves.
 
 import copy
 import math
+import subprocess
+import sys
 
 import pytest
 import timm
 import torch
 from torch import nn
 from torch.nn import functional as F
+from training import ENVIRONMENT
 
 from timm_iebn.build import create_optimizer, create_scheduler
 from timm_iebn.recipe import Recipe
@@ -141,3 +144,30 @@ def test_every_batch_draws_random_numbers_of_its_own(tmp_path):
         trainer.epoch, trainer.step = epoch, 0
         trainer.train_epoch()
     assert len(set(seeds)) == len(seeds) == 6
+
+
+IN_BF16 = """
+import sys, timm, torch
+from pathlib import Path
+from timm_iebn.recipe import Recipe
+from timm_iebn.train import Trainer
+
+args = dict(img_size=32)
+recipe = Recipe(model="test_vit", data="digits", model_args=args, precision="bf16")
+trainer = Trainer(recipe, Path(sys.argv[1]))
+fresh = timm.create_model("test_vit", num_classes=10, in_chans=1, **args).eval()
+fresh.load_state_dict(trainer.workload.result.state_dict())
+x = torch.randn(8, 1, 32, 32)
+with torch.no_grad():
+    exact, evaluated = fresh(x), trainer.workload.result.eval()(x)
+    with trainer.accelerator.autocast():
+        trained = trainer.workload.model(x)
+print(torch.equal(evaluated, exact), torch.equal(trained.float(), exact))
+"""
+
+
+def test_evaluation_is_in_float32_where_training_is_not(tmp_path):
+    """In a process of its own, which has one precision only."""
+    command = [sys.executable, "-c", IN_BF16, tmp_path / "out"]
+    result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert result.stdout.splitlines()[-1] == "True False", result.stdout + result.stderr
