@@ -26,7 +26,7 @@ from torch import nn
 
 from timm_iebn import IEBN2d
 from timm_iebn.recipe import Recipe
-from timm_iebn.train import Trainer
+from timm_iebn.training import Trainer
 
 LAYER_SHAPES = [(32, 256, 14, 14), (128, 16, 32, 32), (128, 64, 8, 8), (128, 32, 16, 16)]
 LAYOUTS = {torch.channels_last: "NHWC", torch.contiguous_format: "NCHW"}

@@ -20,15 +20,14 @@ from pathlib import Path
 from torch.optim.swa_utils import update_bn
 
 import timm_iebn  # noqa: F401  registers the models
-from timm_iebn.data import add_data_dir, open_part
-from timm_iebn.evaluate import evaluate
+from timm_iebn.environment import environment
 from timm_iebn.gates import collect_gates, freeze_gates, plot_gates, summary
 from timm_iebn.layers import NEUTRAL_GATE
-from timm_iebn.loaders import make_loader, make_share
-from timm_iebn.model_folder import environment
-from timm_iebn.processes import create_accelerator
 from timm_iebn.recipe import RecipeError, load_recipe
-from timm_iebn.validate import open_network
+from timm_iebn.training.data import add_data_dir, open_part
+from timm_iebn.training.evaluate import evaluate, open_network
+from timm_iebn.training.loaders import make_loader, make_share
+from timm_iebn.training.processes import create_accelerator
 
 
 def main() -> int:

@@ -18,12 +18,11 @@ from huggingface_hub import HfApi
 from rich.console import Console
 from rich.table import Table
 
-from timm_iebn.data import add_data_dir
-from timm_iebn.evaluate import evaluate
-from timm_iebn.processes import create_accelerator
 from timm_iebn.publish import Plan, PublishError, check_access, check_folder, diff, make_plan, publish
 from timm_iebn.recipe import RecipeError
-from timm_iebn.validate import open_network
+from timm_iebn.training.data import add_data_dir
+from timm_iebn.training.evaluate import evaluate, open_network
+from timm_iebn.training.processes import create_accelerator
 from timm_iebn.zoo import hub_namespace, read_config
 
 _TOLERANCE = 0.05  # of accuracy, in percent: other processors round otherwise, and an image may fall on the other side

@@ -17,10 +17,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
 
-from timm_iebn.data import add_data_dir
 from timm_iebn.recipe import load_recipe
 from timm_iebn.study import Run, Study, keep, kept_runs, load_study
 from timm_iebn.study_report import write_report
+from timm_iebn.training.data import add_data_dir
 
 ROOT = Path(__file__).parents[1]
 

@@ -17,11 +17,11 @@ import torch
 from accelerate import PartialState
 
 import timm_iebn  # noqa: F401  registers the models
-from timm_iebn.checkpoint import CheckpointError
-from timm_iebn.data import add_data_dir, open_test_data
-from timm_iebn.loaders import make_loader, make_share
 from timm_iebn.recipe import Recipe, RecipeError, load_recipe
-from timm_iebn.train import TRACKERS, Stopped, TrainingError, train
+from timm_iebn.training import TRACKERS, Stopped, TrainingError, train
+from timm_iebn.training.checkpoint import CheckpointError
+from timm_iebn.training.data import add_data_dir, open_test_data
+from timm_iebn.training.loaders import make_loader, make_share
 
 RECIPES = Path(__file__).parents[1] / "zoo" / "recipes"
 

@@ -17,7 +17,8 @@ from typing import Any
 import timm_iebn
 
 PAGE = Path(__file__).parents[1] / "docs" / "api.md"
-MODULES = ("recipe", "train", "validate", "zoo", "model_folder", "card", "publish", "attacks", "batch_noise", "gates")
+MODULES = ("recipe", "training.trainer", "training.evaluate", "training.attacks", "training.batch_noise")
+MODULES += ("gates", "zoo", "model_folder", "card", "publish")
 HEAD = """\
 <!-- written by scripts/update_api.py -->
 # Reference

@@ -11,11 +11,10 @@ import os
 import sys
 
 import timm_iebn  # noqa: F401  registers the models
-from timm_iebn.data import add_data_dir
-from timm_iebn.evaluate import evaluate
-from timm_iebn.processes import create_accelerator
 from timm_iebn.recipe import RecipeError
-from timm_iebn.validate import open_network
+from timm_iebn.training.data import add_data_dir
+from timm_iebn.training.evaluate import evaluate, open_network
+from timm_iebn.training.processes import create_accelerator
 
 
 def main() -> int:

@@ -10,14 +10,14 @@ from timm.layers import BatchNormAct2d
 from timm.utils import ModelEmaV3
 
 import timm_iebn
-from timm_iebn.attacks import Strangers, add_constant_noise, noise_in_eval
-from timm_iebn.batch_noise import batch_noise
-from timm_iebn.data import load_images
 from timm_iebn.layers import SyncBatchNorm2d, SyncBatchNormAct2d
-from timm_iebn.loaders import Share, choose_images
 from timm_iebn.ops import backend
 from timm_iebn.recipe import Recipe, RecipeError
-from timm_iebn.train import Trainer
+from timm_iebn.training import Trainer
+from timm_iebn.training.attacks import Strangers, add_constant_noise, noise_in_eval
+from timm_iebn.training.batch_noise import batch_noise
+from timm_iebn.training.data import load_images
+from timm_iebn.training.loaders import Share, choose_images
 
 NORMS = [
     torch.nn.BatchNorm2d,

@@ -5,7 +5,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from timm_iebn.checkpoint import CheckpointError, load_latest, read_checkpoint, save_checkpoint
+from timm_iebn.training.checkpoint import CheckpointError, load_latest, read_checkpoint, save_checkpoint
 
 
 def draw_state():

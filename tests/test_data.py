@@ -10,9 +10,9 @@ from PIL import Image
 from torch.nn import functional as F
 from training import hub_split, image_folder
 
-from timm_iebn.data import Images, load_images, open_data
-from timm_iebn.loaders import MemoryLoader, Share, TimmLoader, crop_and_flip, make_loader, make_share
 from timm_iebn.recipe import Recipe, RecipeError
+from timm_iebn.training.data import Images, load_images, open_data
+from timm_iebn.training.loaders import MemoryLoader, Share, TimmLoader, crop_and_flip, make_loader, make_share
 
 # timm's reader of image folders leaves closing to the garbage collector
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")

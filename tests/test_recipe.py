@@ -4,9 +4,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from timm_iebn.loaders import _train_transform
 from timm_iebn.recipe import Recipe, RecipeError, load_recipe
 from timm_iebn.safe_yaml import parse_yaml
+from timm_iebn.training.loaders import _train_transform
 
 RECIPES = sorted((Path(__file__).parents[1] / "zoo" / "recipes").glob("*.yaml"))
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from conftest import write_config
 
-from timm_iebn.model_folder import read_log
 from timm_iebn.recipe import Recipe, load_recipe
 from timm_iebn.results import compare, paired_difference, plot_results, results_table, short_table
+from timm_iebn.run_log import read_log
 from timm_iebn.zoo import read_zoo
 
 ROOT = Path(__file__).parents[1]

@@ -14,17 +14,17 @@ from accelerate.utils import set_seed
 from safetensors.torch import load_file
 from training import ENVIRONMENT, RICH, SCRIPTS, SHORT, image_folder, log, run, started, wait_for, weights
 
-from timm_iebn.checkpoint import CheckpointError, read_checkpoint
-from timm_iebn.model_folder import read_log
 from timm_iebn.recipe import Recipe
-from timm_iebn.train import Trainer, train
+from timm_iebn.run_log import read_log
+from timm_iebn.training import Trainer, train
+from timm_iebn.training.checkpoint import CheckpointError, read_checkpoint
 
 KILLER = """
 import os, random, runpy, signal, sys
-import timm_iebn.checkpoint, timm_iebn.train
+import timm_iebn.training.checkpoint, timm_iebn.training.trainer
 place, after, *sys.argv = sys.argv[1:]
-places = dict(evaluation=(timm_iebn.train, "evaluate"), write=(os, "fsync"), rename=(os, "replace"))
-module, name = (places | {"clean-up": (timm_iebn.train, "clean_up")})[place]
+places = dict(evaluation=(timm_iebn.training.trainer, "evaluate"), write=(os, "fsync"), rename=(os, "replace"))
+module, name = (places | {"clean-up": (timm_iebn.training.trainer, "clean_up")})[place]
 calls, real = 0, getattr(module, name)
 def deadly(*args, **kwargs):
     global calls

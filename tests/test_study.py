@@ -15,8 +15,8 @@ from training import started, wait_for
 import timm_iebn
 from timm_iebn.gates import collect_gates, freeze_gates, summary
 from timm_iebn.layers import NEUTRAL_GATE
-from timm_iebn.model_folder import read_log
 from timm_iebn.recipe import Recipe, RecipeError, load_recipe
+from timm_iebn.run_log import read_log
 from timm_iebn.study import RUN_FILES, keep, kept_runs, load_study
 from timm_iebn.study_report import read_results
 from timm_iebn.study_report import report as report_on

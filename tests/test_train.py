@@ -18,14 +18,15 @@ from packaging.version import Version
 from torch import nn
 from training import ENVIRONMENT, SHORT, image_folder, run, weights
 
-from timm_iebn.data import Images
-from timm_iebn.evaluate import evaluate
-from timm_iebn.loaders import MemoryLoader, Share
-from timm_iebn.model_folder import commit_of, read_log, save_weights
-from timm_iebn.processes import create_accelerator
+from timm_iebn.environment import commit_of
+from timm_iebn.model_folder import save_weights
 from timm_iebn.recipe import Recipe, RecipeError, load_recipe
-from timm_iebn.train import Trainer, TrainingError
-from timm_iebn.validate import open_network
+from timm_iebn.run_log import read_log
+from timm_iebn.training import Trainer, TrainingError
+from timm_iebn.training.data import Images
+from timm_iebn.training.evaluate import evaluate, open_network
+from timm_iebn.training.loaders import MemoryLoader, Share
+from timm_iebn.training.processes import create_accelerator
 
 
 @pytest.fixture(scope="module")

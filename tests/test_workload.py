@@ -14,9 +14,9 @@ from torch import nn
 from torch.nn import functional as F
 from training import ENVIRONMENT
 
-from timm_iebn.build import create_optimizer, create_scheduler
 from timm_iebn.recipe import Recipe
-from timm_iebn.train import Trainer
+from timm_iebn.training import Trainer
+from timm_iebn.training.build import create_optimizer, create_scheduler
 
 
 def recipe(**asked):
@@ -150,7 +150,7 @@ IN_BF16 = """
 import sys, timm, torch
 from pathlib import Path
 from timm_iebn.recipe import Recipe
-from timm_iebn.train import Trainer
+from timm_iebn.training import Trainer
 
 args = dict(img_size=32)
 recipe = Recipe(model="test_vit", data="digits", model_args=args, precision="bf16")

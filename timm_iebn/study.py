@@ -18,8 +18,8 @@ import yaml
 from filelock import FileLock
 
 from .messages import shorten
-from .model_folder import read_log
 from .recipe import RecipeError, load_recipe
+from .run_log import read_log
 from .safe_yaml import parse_yaml
 
 Log = list[dict[str, float]]  # its epochs

@@ -12,8 +12,8 @@ from hub_server import Hub
 from hub_storage import Repo
 from training import ENVIRONMENT, command, run, weights
 
-from timm_iebn.checkpoint import read_checkpoint
 from timm_iebn.model_folder import FILES
+from timm_iebn.training.checkpoint import read_checkpoint
 
 from . import TOKEN, Failures, Outcome
 from .kills import SMALL

@@ -30,9 +30,9 @@ from hub_storage import Repo, sha256
 from training import RICH, SCRIPTS, log, weights
 
 import timm_iebn.publish
-import timm_iebn.train  # noqa: F401  with all that victims need
-from timm_iebn.checkpoint import CheckpointError, load_latest, read_checkpoint, save_checkpoint
+import timm_iebn.training.trainer  # noqa: F401  with all that victims need
 from timm_iebn.model_folder import FILES
+from timm_iebn.training.checkpoint import CheckpointError, load_latest, read_checkpoint, save_checkpoint
 from timm_iebn.zoo import WEIGHTS, model_folders
 
 from . import TOKEN, Outcome

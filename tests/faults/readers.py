@@ -23,17 +23,19 @@ from timm.data import ImageDataset
 from torch import Tensor
 
 from timm_iebn import load_authors_checkpoint
-from timm_iebn.checkpoint import _digest, load_latest, save_checkpoint
-from timm_iebn.data import read_image
-from timm_iebn.model_folder import FILES, log_text, read_log, save_model_folder
+from timm_iebn.model_folder import FILES, save_model_folder
 from timm_iebn.publish import check_folder
 from timm_iebn.recipe import Recipe, load_recipe
-from timm_iebn.results import results_table
-from timm_iebn.run_folder import finished_row
-from timm_iebn.study import load_study, report
-from timm_iebn.train import Trainer
-from timm_iebn.validate import open_network
-from timm_iebn.zoo import WEIGHTS, list_zoo
+from timm_iebn.results import compare, results_table
+from timm_iebn.run_log import log_text, read_log
+from timm_iebn.study import load_study
+from timm_iebn.study_report import read_results, report
+from timm_iebn.training import Trainer
+from timm_iebn.training.checkpoint import _digest, load_latest, save_checkpoint
+from timm_iebn.training.data import read_image
+from timm_iebn.training.evaluate import open_network
+from timm_iebn.training.run_folder import finished_row
+from timm_iebn.zoo import WEIGHTS, list_zoo, read_zoo
 
 ARCHITECTURE = "resnet20_cifar_iebn"
 RECIPE = Recipe(model=ARCHITECTURE, data="digits", epochs=2, milestones=(1,), batch_size=700, lr=0.01)
@@ -155,7 +157,7 @@ def make_zoo(folder: Path) -> None:
 
 def read_zoo(folder: Path, _: None) -> bool:
     """The folder that is not damaged is there in any case, with its own figures."""
-    table = results_table(folder)
+    table = results_table(compare(read_zoo(folder)), folder)
     names = [model.name for model in list_zoo(zoo=folder)]
     return TAG.replace("_iebn.", ".") in names and "| resnet20_cifar |" in table and "43.00 (one seed)" in table
 
@@ -186,7 +188,7 @@ def make_study(folder: Path) -> None:
 
 def read_study(folder: Path, _: None) -> bool:
     study = load_study(folder)
-    text, said = report(study), yaml.safe_load((folder / "study.yaml").read_text())
+    text, said = report(read_results(study)), yaml.safe_load((folder / "study.yaml").read_text())
     return all(getattr(study, key) == value for key, value in said.items()) and study.title in text
 
 

@@ -12,11 +12,11 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..layers import IEBN2d, IEBNAct2d, SyncBatchNorm2d, SyncBatchNormAct2d, sync_batch_norm
+from ..ops.activations import ACTIVATIONS
+from ..recipe import Recipe, RecipeError
 from .data import fingerprint, load_images
-from .layers import IEBN2d, IEBNAct2d, SyncBatchNorm2d, SyncBatchNormAct2d, sync_batch_norm
 from .loaders import Share, make_generator
-from .ops.activations import ACTIVATIONS
-from .recipe import Recipe, RecipeError
 
 
 class _Noisy:

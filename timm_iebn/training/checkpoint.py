@@ -14,8 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .files import WriteError, write_atomically
-from .messages import shorten
+from ..files import WriteError, write_atomically
+from ..messages import shorten
 
 KEPT = 2
 

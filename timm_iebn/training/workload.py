@@ -8,14 +8,14 @@ from accelerate import Accelerator
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from ..convert import convert_sync_batchnorm
+from ..recipe import Recipe, RecipeError
 from .attacks import Strangers, add_constant_noise
 from .batch_noise import ANCHORS, check_size
 from .build import check_model, create_mixup, create_model, create_optimizer, create_scheduler, try_model
-from .convert import convert_sync_batchnorm
 from .data import Images, fingerprint, open_data
 from .loaders import choose_images, make_loader, make_share
 from .processes import on_main
-from .recipe import Recipe, RecipeError
 
 
 class Workload:

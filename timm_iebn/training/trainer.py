@@ -13,17 +13,18 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..files import WriteError, write_atomically
+from ..messages import shorten
+from ..model_folder import save_model_folder
+from ..recipe import Recipe, RecipeError
+from ..run_log import log_text
 from .attacks import noise_in_eval
 from .batch_noise import batch_noise
 from .checkpoint import CheckpointError, checkpoint_path, load_latest, save_checkpoint
 from .display import Display
 from .evaluate import evaluate
-from .files import WriteError, write_atomically
 from .loaders import is_worker_death, seed_everything
-from .messages import shorten
-from .model_folder import log_text, save_model_folder
 from .processes import StopRequest, create_training_accelerator, on_main, start_trackers
-from .recipe import Recipe, RecipeError
 from .run_folder import check_output, clean_up, finished_row, folder_lock, open_folder, work_folder
 from .workload import Workload
 

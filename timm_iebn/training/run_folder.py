@@ -7,9 +7,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .files import write_atomically
-from .model_folder import read_log
-from .recipe import Recipe, RecipeError, load_recipe
+from ..files import write_atomically
+from ..recipe import Recipe, RecipeError, load_recipe
+from ..run_log import read_log
 
 
 def work_folder(output: Path) -> Path:

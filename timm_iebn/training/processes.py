@@ -15,8 +15,8 @@ from typing import Any
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, TorchDynamoPlugin, broadcast_object_list, parse_flag_from_env
 
-from .recipe import Recipe, RecipeError
-from .versions import check_versions
+from ..recipe import Recipe, RecipeError
+from ..versions import check_versions
 
 _SPREAD = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from .recipe import Recipe, RecipeError
+from ..recipe import Recipe, RecipeError
 
 _TORCH_SPLITS = ("train", "training", "test", "val", "valid", "validation", "eval", "evaluation")
 _IMAGE, _LABEL = ("image", "img"), ("label", "fine_label")

@@ -24,9 +24,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip, Resize
 
+from ..messages import shorten
+from ..recipe import Recipe, RecipeError
 from .data import Images, read_image
-from .messages import shorten
-from .recipe import Recipe, RecipeError
 
 
 def seed_everything(*numbers: int) -> None:

@@ -12,7 +12,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
-from .recipe import Recipe, RecipeError
+from ..recipe import Recipe, RecipeError
 
 
 def suggestion(model: str) -> str:

@@ -1,0 +1,5 @@
+"""Training by a recipe: `train` takes one and leaves a model folder. Each part of a run has its module."""
+
+from .trainer import TRACKERS, Stopped, Trainer, TrainingError, train
+
+__all__ = ["TRACKERS", "Stopped", "Trainer", "TrainingError", "train"]
