@@ -17,6 +17,7 @@ import torch
 from accelerate import PartialState
 
 import timm_iebn  # noqa: F401  registers the models
+from timm_iebn.messages import describe
 from timm_iebn.recipe import Recipe, RecipeError, load_recipe
 from timm_iebn.training import TRACKERS, Stopped, TrainingError, train
 from timm_iebn.training.checkpoint import CheckpointError
@@ -89,7 +90,7 @@ def main() -> int:
             try:
                 _show_predictions(folder, recipe, args.data_dir)
             except (RecipeError, OSError, RuntimeError, KeyboardInterrupt) as e:  # the run is done all the same
-                print(f"train.py: no predictions are shown: {type(e).__name__}: {e}", file=sys.stderr)
+                print(f"train.py: no predictions are shown: {describe(e)}", file=sys.stderr)
     return 0
 
 

@@ -144,7 +144,7 @@ def test_a_loss_that_bursts_names_the_last_good_checkpoint(tmp_path):
 
 POISON = """
 import os, runpy, sys
-from timm_iebn import loaders
+from timm_iebn.training import loaders
 real = loaders.Loader.epoch
 def poisoned(self, *place):
     for i, (images, labels) in enumerate(real(self, *place)):
@@ -231,7 +231,7 @@ def test_two_processes_train_to_the_weights_of_one(tmp_path):
 KEEP_EVALUATED = """
 import os, runpy, sys
 from safetensors.torch import save_file
-from timm_iebn import train
+from timm_iebn.training import trainer as train
 real = train.evaluate
 def keep(model, *args):
     tensors = {k: v.contiguous() for k, v in model.state_dict().items()}

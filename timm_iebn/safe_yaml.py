@@ -6,6 +6,8 @@ from typing import Any
 
 import yaml
 
+from .messages import describe
+
 
 class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
@@ -41,4 +43,4 @@ def parse_yaml(text: str) -> Any:
         return yaml.load(text, _Loader)  # noqa: S506  a safe loader that takes less
     except (ValueError, RecursionError, AttributeError, TypeError, KeyError, IndexError) as e:
         # such as dates that there are not, deep nesting, or `!!timestamp x`
-        raise yaml.YAMLError(f"{type(e).__name__}: {e}") from e
+        raise yaml.YAMLError(describe(e)) from e

@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from timm.models._hub import hf_split
 
 from .files import sha256
-from .messages import shorten
+from .messages import describe, shorten
 
 _INSTALLED = Path(__file__).with_name("_zoo")
 ZOO = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[1] / "zoo"  # of a wheel, of a checkout
@@ -241,4 +241,4 @@ def speeds_of(config: dict[str, Any], zoo: Path = ZOO) -> dict[str, float]:
             rows = [row for row in csv.DictReader(file, strict=True) if row["architecture"] == config["architecture"]]
         return {row["device"]: float(row["images_per_second"]) for row in rows if row["input_size"] == size}
     except (KeyError, TypeError, ValueError, csv.Error) as e:
-        raise ValueError(f"{path} is not as zoo_speed.py writes it: {type(e).__name__}: {shorten(e)}") from e
+        raise ValueError(f"{path} is not as zoo_speed.py writes it: {describe(e)}") from e

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from ..convert import GATES, convert_bn_to_iebn, warm_start_state_dict
 from ..layers import IEBN2d
-from ..messages import shorten
+from ..messages import describe
 from ..zoo import WEIGHTS, HTTPError, check_download, check_weights
 from ._fused import fuse_blocks
 
@@ -78,7 +78,7 @@ def build_with_cfg(model_cls: Callable[..., nn.Module], variant: str, pretrained
         if folder and not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and str(folder) not in str(e):
             raise RuntimeError(
                 f"{folder} can't be loaded: its config.json and the arguments given say what can't be done with "
-                f"{variant} or its weights ({type(e).__name__}: {shorten(e)})"
+                f"{variant} or its weights ({describe(e)})"
             ) from e
         raise
     # timm takes a repository's weights from it, whatever else its config.json names
@@ -220,7 +220,7 @@ def _explain(variant: str, cfg: PretrainedCfg, cache_dir: str | Path | None, err
     """One paragraph that says what was looked for, where, and what to do."""
     # the client's own message for a cold cache is a general one; what it was raised from says why
     reason = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
-    reason = f"{type(reason).__name__}: {shorten(reason) or 'no details'}"
+    reason = describe(reason)
     where = str(cfg.file or cfg.hf_hub_id)
     if isinstance(error, _DAMAGED):
         return RuntimeError(

@@ -12,6 +12,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
+from ..messages import describe
 from ..recipe import Recipe, RecipeError
 
 
@@ -41,7 +42,7 @@ def create_model(recipe: Recipe, num_classes: int, in_chans: int) -> nn.Module:
             recipe.model, pretrained=recipe.pretrained, num_classes=num_classes, in_chans=in_chans, **recipe.model_args
         )
     except Exception as e:  # whatever a network makes of its arguments
-        reason = f"{type(e).__name__}: {e}{suggestion(recipe.model)}"
+        reason = f"{describe(e)}{suggestion(recipe.model)}"
         raise RecipeError(f"model: can't create {recipe.model!r} with model_args {recipe.model_args}: {reason}") from e
     if recipe.grad_checkpointing:
         try:
@@ -62,7 +63,7 @@ def try_model(recipe: Recipe, net: nn.Module, input_size: Sequence[int], num_cla
         with torch.no_grad():
             shape = net(torch.zeros(2, *input_size, device=next(net.parameters()).device)).shape
     except Exception as e:  # whatever a network makes of them
-        reason = f"{type(e).__name__}: {e}"
+        reason = describe(e)
         raise RecipeError(f"model: {recipe.model!r} can't take images of {list(input_size)}: {reason}") from e
     if tuple(shape) != (2, num_classes):
         raise RecipeError(f"model: {recipe.model!r} with model_args {recipe.model_args} gives no logits: {list(shape)}")
@@ -84,7 +85,7 @@ def create_optimizer(recipe: Recipe, net: nn.Module) -> torch.optim.Optimizer:
         trial_optimizer.step()
         return create_optimizer_v2(net, **args)
     except Exception as e:
-        raise RecipeError(f"opt: {recipe.opt!r} with opt_args {recipe.opt_args}: {type(e).__name__}: {e}") from e
+        raise RecipeError(f"opt: {recipe.opt!r} with opt_args {recipe.opt_args}: {describe(e)}") from e
 
 
 def create_scheduler(recipe: Recipe, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> Scheduler:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..files import WriteError, write_atomically
-from ..messages import shorten
+from ..messages import describe, shorten
 
 KEPT = 2
 
@@ -109,7 +109,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         return _unflatten(json.loads(tree), tensors)
     except Exception as e:  # whatever another writer may have meant
-        reason = f"{type(e).__name__}: {shorten(e)}"
+        reason = describe(e)
         raise CheckpointError(f"{path} is whole, but no checkpoint as this version writes them: {reason}") from e
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from ..messages import describe
 from ..recipe import Recipe, RecipeError
 
 _TORCH_SPLITS = ("train", "training", "test", "val", "valid", "validation", "eval", "evaluation")
@@ -101,7 +102,7 @@ def read_image(dataset: Dataset, index: int) -> tuple[Image.Image, int]:
         image, label = dataset[index]
         return image.convert("RGB"), label
     except Exception as e:  # whatever a reader or decoder makes of it
-        reason = f"{type(e).__name__}: {e}"
+        reason = describe(e)
     try:
         name = dataset.filename(index, absolute=True)
     except Exception:  # a data set that knows no names, or can't read this one either

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.nn import functional as F
 
-from ..messages import shorten
+from ..messages import describe, shorten
 from ..recipe import Recipe, RecipeError, load_recipe
 from .build import suggestion
 from .data import open_test_data
@@ -62,7 +62,7 @@ def open_network(
         model = timm.create_model(f"local-dir:{name}" if Path(name).is_dir() else name, pretrained=True)
         share, data_config = make_share(model, test, accelerator, recipe.channels_last)
     except Exception as e:  # whatever a config.json that anybody may have written leads to
-        raise RecipeError(f"model: can't use {name!r}: {type(e).__name__}: {shorten(e)}") from e
+        raise RecipeError(f"model: can't use {name!r}: {describe(e)}") from e
     if model.num_classes != len(classes):
         raise RecipeError(f"{name} tells {model.num_classes} classes apart, {recipe.data!r} has {len(classes)}")
     known = model.pretrained_cfg.get("label_names") or classes

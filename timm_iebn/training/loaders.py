@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip, Resize
 
-from ..messages import shorten
+from ..messages import describe
 from ..recipe import Recipe, RecipeError
 from .data import Images, read_image
 
@@ -220,7 +220,7 @@ class TimmLoader(Loader):
             raise
         except (AssertionError, KeyError, ValueError, TypeError, AttributeError, OSError) as e:
             given = f"auto_augment {recipe.auto_augment!r}, " if recipe else ""
-            raise RecipeError(f"data: can't load an image with {given}{data_config}: {type(e).__name__}: {e}") from e
+            raise RecipeError(f"data: can't load an image with {given}{data_config}: {describe(e)}") from e
         self.workers = workers
 
     def _batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -244,8 +244,9 @@ class TimmLoader(Loader):
             if not self.workers or "Caught " in str(e):  # the last is how torch passes on what is raised in a worker
                 raise
             time.sleep(1)  # torch hears of most deaths meanwhile, and raises here what it knows
-            said = f"{type(e.with_traceback(None)).__name__}: {shorten(e)}"
-            raise WorkerError(f"the DataLoader's worker no longer answers: {said}") from None
+            raise WorkerError(
+                f"the DataLoader's worker no longer answers: {describe(e.with_traceback(None))}"
+            ) from None
 
 
 def _test_transform(data_config: dict[str, Any]) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..files import WriteError, write_atomically
-from ..messages import shorten
+from ..messages import describe, shorten
 from ..model_folder import save_model_folder
 from ..recipe import Recipe, RecipeError
 from ..run_log import log_text
@@ -134,7 +134,7 @@ class Trainer:
         except RecipeError:
             raise
         except Exception as e:  # of a checkpoint of another version, say
-            raise CheckpointError(f"can't go on from {self.last_checkpoint}: {type(e).__name__}: {shorten(e)}") from e
+            raise CheckpointError(f"can't go on from {self.last_checkpoint}: {describe(e)}") from e
 
     def _take_up(self, state: dict[str, Any]) -> None:
         for option, seen in state["data"].items():
