@@ -38,6 +38,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("gates"), help="the two files' name without .md and .png")
     args = parser.parse_args()
     try:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
         accelerator = create_accelerator()
         model, batches, recipe = open_network(args.model, accelerator, args.data, args.data_dir)
         if (stored := Path(args.model) / "recipe.yaml").exists():  # its training images, as it was trained on them
@@ -51,7 +52,6 @@ def main() -> int:
     except (RecipeError, RuntimeError, OSError, ValueError) as e:
         print(f"gates.py: {e}", file=sys.stderr)
         return 2
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     name = Path(args.model).name
     rows = summary(gates, test_labels)
     plot_gates(rows, gates, test_labels, f"{args.output}.png", name)

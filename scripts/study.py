@@ -13,12 +13,13 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
 
 from timm_iebn.recipe import load_recipe
-from timm_iebn.study import Run, Study, keep, kept_runs, load_study
+from timm_iebn.study import Run, Study, keep, load_study, same_run
 from timm_iebn.study_report import write_report
 from timm_iebn.training.data import add_data_dir
 
@@ -32,10 +33,10 @@ class Queue:
         self.output, self.arguments = output, arguments
         missing = [(study, run) for study in studies for run in study.runs if study.log(run) is None]
         missing.sort(key=lambda pair: pair[0].seeds.index(pair[1].seed))
-        self.todo: dict[str, list[tuple[Study, Run]]] = {}  # by recipe
+        by_recipe: dict[str, list[tuple[Study, Run]]] = {}
         for study, run in missing:
-            self.todo.setdefault(load_recipe(study.recipe_path, run.overrides).to_yaml(), []).append((study, run))
-        self.made = {recipe: path for study in studies if self.todo for recipe, path in kept_runs(study).items()}
+            by_recipe.setdefault(load_recipe(study.recipe_path, run.overrides).to_yaml(), []).append((study, run))
+        self.todo = [*by_recipe.values()]
         self.processes: set[subprocess.Popen] = set()
         self.failed, self.signum = False, 0
         for s in (signal.SIGINT, signal.SIGTERM):
@@ -47,21 +48,17 @@ class Queue:
             process.send_signal(signum)
 
     def make(self, place: int) -> None:
-        """The recipe at that place, for all that want it. That one can't be kept is no reason to stop the others."""
+        """The run at that place, for all studies that want it."""
         if self.signum:
             return
-        recipe, wanted = [*self.todo.items()][place]
+        wanted = self.todo[place]
         names = ", ".join(f"{study.folder.name}: {run.name}" for study, run in wanted)
-        made = self.made.get(recipe)
+        made = same_run(*wanted[0])  # another process may have made it meanwhile
         print(f"{place + 1}/{len(self.todo)} {names}{f' is {made}' if made else ''}", flush=True)
-        try:
-            if folder := made or self.train(*wanted[0]):
-                for study, run in wanted:
-                    keep(study, run, folder)
-        except OSError as e:
-            self.failed = True
-            print(f"study.py: {names}: {e}", file=sys.stderr)
-        for study, _ in wanted:
+        folder = made or self.train(*wanted[0])
+        for study, run in wanted:
+            if folder:
+                self.attempt(lambda study=study, run=run: keep(study, run, folder))
             self.report(study)
 
     def train(self, study: Study, run: Run) -> Path | None:
@@ -82,9 +79,13 @@ class Queue:
         return None if process.returncode else folder
 
     def report(self, study: Study) -> None:
-        """Writes what the study's logs say; that it can't is no reason to stop the other runs."""
+        """Writes what the study's logs say."""
+        self.attempt(lambda: write_report(study))
+
+    def attempt(self, write: Callable[[], None]) -> None:
+        """`write()`; that it can't is no reason to stop the other runs."""
         try:
-            write_report(study)
+            write()
         except (OSError, ValueError) as e:
             self.failed = True
             print(f"study.py: {e}", file=sys.stderr)
@@ -105,7 +106,7 @@ def main() -> int:
         studies = [load_study(folder, args.again) for folder in args.studies]
         output = args.output or args.again or Path("output") / "studies"
         queue = Queue(studies, output, ["--data-dir", args.data_dir, "--mix-data-dir", args.mix_data_dir])
-    except ValueError as e:  # RecipeError too
+    except (OSError, ValueError) as e:  # RecipeError too
         print(f"study.py: {e}", file=sys.stderr)
         return 2
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.jobs)))

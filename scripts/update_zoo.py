@@ -96,7 +96,7 @@ def main() -> int:
         # two at once would write into each other's files
         with nullcontext() if args.check else FileLock(ROOT / "zoo" / ".lock", timeout=300):
             return update(args.check)
-    except (RuntimeError, ValueError, OSError) as e:  # RecipeError and CheckpointError too
+    except (RuntimeError, ValueError, OSError) as e:  # RecipeError and WriteError too
         sys.exit(f"update_zoo.py: {e}")
 
 
@@ -116,7 +116,7 @@ def update(is_check: bool) -> int:
     }
     for path, text in stale.items():
         print(f"{path.relative_to(ROOT)} {'is out of line' if is_check else 'written'}")
-        if not is_check:
+        if not is_check and path.parent not in {study.folder for study in studies}:  # which `write_report` writes
             write_atomically(path, text.encode())  # README.md holds what people wrote
     if not is_check:
         plot_results(comparisons).savefig(zoo / "results.png", dpi=120)

@@ -20,7 +20,7 @@ import timm
 import torch
 
 from timm_iebn.files import write_atomically
-from timm_iebn.zoo import WEIGHTS, ZOO, model_folders, read_config
+from timm_iebn.zoo import WEIGHTS, ZOO, read_zoo
 
 FIELDS = ("architecture", "input_size", "device", "batch_size", "images_per_second", "torch", "date")
 
@@ -28,10 +28,9 @@ FIELDS = ("architecture", "input_size", "device", "batch_size", "images_per_seco
 def measure(device: torch.device, repeats: int, batch_size: int) -> dict[tuple[str, str], float]:
     """Images per second of each architecture and input size in the zoo."""
     networks, times = {}, {}
-    for folder in model_folders():
+    for folder, config in read_zoo().items():
         if not (folder / WEIGHTS).exists():
             continue
-        config = read_config(folder)
         model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
         size = config["pretrained_cfg"]["input_size"]
         images = torch.randn(batch_size, *size)

@@ -26,8 +26,8 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def fresh_seed(request):
-    """Every run draws new inputs; the seed is in the test's report if it fails, and SEED=... draws them again."""
-    seed = int(os.environ.get("SEED", torch.seed() % 2**32))
+    """Every run draws new inputs; a failed test's report has the seed, with TIMM_IEBN_SEED=... they are the same."""
+    seed = int(os.environ.get("TIMM_IEBN_SEED", torch.seed() % 2**32))
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed)

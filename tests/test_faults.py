@@ -1,6 +1,7 @@
 """Bad days, a few times each: scripts/fault_matrix.py provokes the same faults in numbers (docs/fault_matrix.md)."""
 
 import random
+from pathlib import Path
 
 import pytest
 from faults import disks
@@ -24,6 +25,12 @@ def test_damaged_files_are_read_whole_or_end_in_a_clear_error(tmp_path):
     for number, (outcomes, examples) in found.items():
         assert sum(outcomes.values()) == 15, targets[number]
         assert not [example for example in examples if example.startswith(FAILURES)], (targets[number], examples)
+
+
+@pytest.mark.parametrize("fault", [f for f in FAULTS if f.tests], ids=lambda f: f.name)
+def test_the_tests_that_a_fault_names_are_there(fault):
+    file, _, prefix = fault.tests.partition(":")
+    assert f"\ndef {prefix}" in Path(__file__).with_name(file).read_text()
 
 
 def _fail(error):

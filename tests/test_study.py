@@ -17,7 +17,7 @@ from timm_iebn.gates import collect_gates, freeze_gates, summary
 from timm_iebn.layers import NEUTRAL_GATE
 from timm_iebn.recipe import Recipe, RecipeError, load_recipe
 from timm_iebn.run_log import read_log
-from timm_iebn.study import RUN_FILES, keep, kept_runs, load_study
+from timm_iebn.study import RUN_FILES, keep, load_study, same_run
 from timm_iebn.study_report import read_results
 from timm_iebn.study_report import report as report_on
 
@@ -235,19 +235,20 @@ def test_what_studies_share_is_made_once_and_none_that_can_not_be_kept_stops_the
     in_the_way = other / "runs" / "plain.batch_norm.seed0" / "notes.txt"
     in_the_way.parent.mkdir(parents=True)
     in_the_way.write_text("mine")
-    result = run_script(folder, other, "--jobs", "2", cwd=tmp_path, script="study.py")
-    lines = [f"{i}/2 trial: plain.{n}.seed0, other: plain.{n}.seed0" for i, n in ((1, "batch_norm"), (2, "IEBN"))]
+    result = run_script(other, folder, "--jobs", "2", cwd=tmp_path, script="study.py")
+    lines = [f"{i}/2 other: plain.{n}.seed0, trial: plain.{n}.seed0" for i, n in ((1, "batch_norm"), (2, "IEBN"))]
     assert sorted(result.stdout.splitlines()) == lines and result.returncode == 1
     assert f"Directory not empty: '{in_the_way.parent}" in result.stderr and "Traceback" not in result.stderr
     assert "2 of 2 runs are made" in (folder / "README.md").read_text() and in_the_way.read_text() == "mine"
     assert "1 of 2 runs are made" in (other / "README.md").read_text()
+    assert sorted(p.name for p in (other / "runs").iterdir()) == ["plain.IEBN.seed0", "plain.batch_norm.seed0"]
 
 
 def test_no_run_is_taken_that_is_another_or_is_not_whole(tmp_path):
     study = load_study(write_study(tmp_path, rows=dict(plain=dict(epochs=2))))
     run, other_seed = study.runs[0], study.runs[2]
     recipe, runs = load_recipe(study.recipe_path, run.overrides), tmp_path / "other" / "runs"
-    assert not kept_runs(study)  # though the study's recipe is beside it
+    assert same_run(study, run) is None  # though the study's recipe is beside it
     write_run(runs / "other_seed", load_recipe(study.recipe_path, other_seed.overrides), epochs=2)
     write_run(runs / "short", recipe)
     write_run(runs / "being_copied.partial", recipe, epochs=2)
@@ -256,9 +257,9 @@ def test_no_run_is_taken_that_is_another_or_is_not_whole(tmp_path):
     write_run(runs / "damaged", recipe, epochs=2)
     with open(runs / "damaged" / "recipe.yaml", "a") as file:
         file.write("option_that_is_gone: true\n")
-    assert recipe.to_yaml() not in kept_runs(study)
+    assert same_run(study, run) is None
     write_run(runs / "whole", recipe, epochs=2)
-    assert kept_runs(study)[recipe.to_yaml()] == runs / "whole"
+    assert same_run(study, run) == runs / "whole"
 
 
 def test_a_stop_reaches_the_runs_and_the_same_command_goes_on(tmp_path):

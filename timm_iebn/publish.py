@@ -25,6 +25,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import RepoFile
 
+from .messages import describe
 from .model_folder import FILES
 from .recipe import load_recipe
 from .zoo import NAMESPACE, WEIGHTS, HTTPError, hub_id
@@ -145,7 +146,7 @@ def _is_same(online: RepoFile, data: bytes) -> bool:
 
 def _one_line(error: BaseException) -> str:
     """Its type and message, without line breaks and without what a signed URL has behind its '?'."""
-    return f"{type(error).__name__}: {re.sub(r'[?][^ ]+', '', ' '.join(str(error).split()))}"
+    return re.sub(r"[?][^ ]+", "", describe(error))
 
 
 def _explain(repo: str, error: BaseException) -> PublishError:

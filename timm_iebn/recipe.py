@@ -97,11 +97,14 @@ class Recipe:
     compile_mode: str = "default"  # torch.compile's; with reduce-overhead, CUDA graphs spare small networks the host
     grad_checkpointing: bool = False  # runs layers twice, and so moves running statistics by twice their momentum
     sync_norms: bool = True  # with several processes
-    noise_scale: float = 1.0  # the constant noise attack on training: normalised features x become
-    noise_offset: float = 0.0  # x * noise_scale + noise_offset (see attacks.py); also evaluated with the noise kept
-    mix_data: str = ""  # the mix-dataset attack: the training split of this data set, named as `data`,
-    mix_images: int = 0  # of which so many images join each batch's statistics, not its loss
-    batch_noise_images: int = 0  # training images whose batch noise is measured after each epoch (see batch_noise.py)
+    # the attacks on training, see training/attacks.py: normalised features x become x * noise_scale + noise_offset,
+    # evaluated with the noise kept too; of the training split of mix_data, named as `data`, mix_images join each
+    # batch's statistics, not its loss
+    noise_scale: float = 1.0
+    noise_offset: float = 0.0
+    mix_data: str = ""
+    mix_images: int = 0
+    batch_noise_images: int = 0  # so many have their batch noise measured after each epoch, see training/batch_noise.py
     seed: int = 0
 
     def __post_init__(self) -> None:

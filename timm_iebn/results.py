@@ -13,7 +13,7 @@ from scipy.stats import t
 
 from .models._registry import WARM_START
 from .recipe import Recipe, load_recipe
-from .zoo import speeds_of, without_seed
+from .zoo import speeds_of
 
 
 class Norm(NamedTuple):
@@ -117,9 +117,9 @@ def compare(configs: dict[Path, dict[str, Any]]) -> list[Comparison]:
         norm = norm_of(recipe, config["architecture"])
         model_args = {k: v for k, v in recipe.model_args.items() if k not in ("norm_layer", "neutral_gates")}
         model = config["architecture"].removesuffix(norm.suffix)
-        tag = recipe.model.rpartition("/")[2].partition(".")[2].removeprefix(WARM_START)
+        tag = recipe.model.rstrip("/").rpartition("/")[2].partition(".")[2].removeprefix(WARM_START)
         if recipe.pretrained and tag:  # networks that start from other weights are others
-            model = f"{model}.{without_seed(tag)}"
+            model = f"{model}.{tag}"
         common = replace(recipe, model=model, model_args=model_args, seed=0)
         comparison = found.setdefault(common.to_yaml(), Comparison(common, {}))
         runs = comparison.sides.setdefault(norm, {})

@@ -162,20 +162,22 @@ def keep(study: Study, run: Run, output: Path) -> None:
             return
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        for name in RUN_FILES:
-            shutil.copyfile(output / name, partial / name)
-        partial.rename(folder)
+        try:
+            for name in RUN_FILES:
+                shutil.copyfile(output / name, partial / name)
+            partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
-def kept_runs(study: Study) -> dict[str, Path]:
-    """The folders of whole runs in the studies beside this one, and in the zoo that holds them, by their recipe."""
-    studies, found = study.folder.resolve().parent, {}
+def same_run(study: Study, run: Run) -> Path | None:
+    """The folder of a whole run by the very recipe of `run`, in a study beside this one or the zoo that holds them."""
+    recipe, studies = load_recipe(study.recipe_path, run.overrides), study.folder.resolve().parent
     zoo = [] if study.is_again else studies.parent.glob("*")
-    for folder in sorted([*studies.glob("*/runs/*"), *zoo], reverse=True):  # of several, the first one
-        if folder.suffix == ".partial" or not all((folder / name).exists() for name in RUN_FILES):
-            continue
-        with suppress(ValueError):  # damaged, or with an option that is gone since
-            recipe = load_recipe(folder / "recipe.yaml")
-            if len(read_log(folder / "log.csv")) == recipe.epochs:
-                found[recipe.to_yaml()] = folder
-    return found
+    for folder in sorted([*studies.glob("*/runs/*"), *zoo]):
+        with suppress(OSError, ValueError):  # damaged, or with an option that is gone since
+            if folder.suffix == ".partial" or not all((folder / name).exists() for name in RUN_FILES):
+                continue
+            if load_recipe(folder / "recipe.yaml") == recipe and len(read_log(folder / "log.csv")) == recipe.epochs:
+                return folder
+    return None

@@ -204,7 +204,7 @@ def list_zoo(pattern: str = "*", zoo: Path = ZOO) -> list[ZooModel]:
         pattern: of the names, as in `timm.list_models`: 'resnet20_*'.
     """
     models, configs = [], read_zoo(zoo)
-    seeds = Counter(without_seed(folder.name) for folder in configs)
+    seeds = Counter(map(_without_seed, configs))
     for folder, config in configs.items():
         if not folder.match(pattern):
             continue
@@ -216,7 +216,7 @@ def list_zoo(pattern: str = "*", zoo: Path = ZOO) -> list[ZooModel]:
                 training["test_top1"],
                 training["test_top5"],
                 training["epochs"],
-                seeds[without_seed(folder.name)],
+                seeds[_without_seed(folder)],
                 config["parameters"],
                 config["macs"],
                 speeds_of(config, zoo),
@@ -226,9 +226,8 @@ def list_zoo(pattern: str = "*", zoo: Path = ZOO) -> list[ZooModel]:
     return models
 
 
-def without_seed(tag: str) -> str:
-    """What the tags of one recipe's checkpoints have in common."""
-    return re.sub(r"seed\d+$", "", tag)
+def _without_seed(folder: Path) -> str:
+    return re.sub(r"seed\d+$", "", folder.name)
 
 
 def speeds_of(config: dict[str, Any], zoo: Path = ZOO) -> dict[str, float]:

@@ -124,7 +124,7 @@ FAULTS = [
         times=1,
     ),
     Fault("disks", "The disk is full for a checkpoint", "", ONE_LINE, tests="test_checkpoint.py:test_a_full_disk"),
-    Fault("disks", "A file can't grow", "", "It is as before", tests="test_checkpoint.py:test_a_file_that_can_not"),
+    Fault("disks", "A file can't grow", "", "It is as before", tests="test_files.py:test_a_file_that_can_not"),
     Fault("disks", "The disk is full for the model folder", "", ONE_LINE, tests="test_resume.py:test_a_full_disk"),
     Fault(
         "accidents",

@@ -8,14 +8,15 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ..messages import describe
 from . import cpu, passes
 
 try:
-    from . import triton
-except ModuleNotFoundError as e:  # it comes with torch's builds for GPUs only
-    if e.name.partition(".")[0] != "triton":
-        raise
+    import triton  # it comes with torch's builds for GPUs only
+except ImportError:
     triton = None
+else:
+    from . import triton
 
 BACKENDS = ("auto", "reference", "eager", "triton")
 _chosen = "auto"
@@ -78,7 +79,7 @@ def _triton_works(device: torch.device) -> bool:
             raise
         except Exception as e:  # whatever a compiler or a driver raises
             _tried[device] = False
-            reason = f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"
+            reason = describe(e)
             warnings.warn(f"IEBN takes torch's operations on {device}, its kernels do not run: {reason}", stacklevel=3)
     return _tried[device]
 

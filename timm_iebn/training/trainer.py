@@ -41,10 +41,8 @@ class Stopped(Exception):
     """A signal asked the run to stop; it has left a checkpoint."""
 
     def __init__(self, signum: int, output: Path, checkpoint: Path) -> None:
-        super().__init__(
-            f"stopped by {signal.Signals(signum).name}; the same command with --output {output} --resume goes on from "
-            f"{checkpoint}"
-        )
+        name, again = signal.Signals(signum).name, f"the same command with --output {output} --resume"
+        super().__init__(f"stopped by {name}; {again} goes on from {checkpoint}")
         self.signum = signum
 
 
@@ -84,15 +82,19 @@ class Trainer:
             start_trackers(self.accelerator, recipe, output, self.folder)
             if resume:
                 self._resume()
+            self.display = self._announce()
         except BaseException:
             self.lock.release()
             raise
-        place, batches = (self.epoch, self.step), len(self.workload.train_loader)
-        self.display = Display(recipe.epochs, batches, place, self.accelerator.is_main_process)
-        where = f"{self.accelerator.num_processes} x {self.accelerator.device.type}, {torch.get_num_threads()} threads"
-        self.display.say(f"{recipe.model} on {recipe.data}, {where}: {recipe.epochs} x {batches} batches, to {output}")
+
+    def _announce(self) -> Display:
+        recipe, accelerator, batches = self.recipe, self.accelerator, len(self.workload.train_loader)
+        display = Display(recipe.epochs, batches, (self.epoch, self.step), accelerator.is_main_process)
+        where = f"{accelerator.num_processes} x {accelerator.device.type}, {torch.get_num_threads()} threads"
+        display.say(f"{recipe.model} on {recipe.data}, {where}: {recipe.epochs} x {batches} batches, to {self.output}")
         if self.last_checkpoint:
-            self.display.say(f"going on from {self.last_checkpoint}, epoch {self.epoch + 1}, batch {self.step}")
+            display.say(f"going on from {self.last_checkpoint}, epoch {self.epoch + 1}, batch {self.step}")
+        return display
 
     def _zeros(self) -> Tensor:
         """Sums over an epoch: loss, correct, images, and the first batch whose loss was not finite."""
