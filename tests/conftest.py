@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from training import RICH, run
+from training import RICH, USERS_OWN, run
 
 os.environ["ACCELERATE_USE_CPU"] = "true"  # equal bits are promised on one CPU
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the kernels, which run interpreted on the latter
@@ -15,6 +15,11 @@ if DEVICE == "cpu":  # before the kernels are imported
 torch.set_num_threads(1)  # two workers share two cores
 pytest.register_assert_rewrite("numerics")  # whose asserts say as much as those of a test
 pytest_plugins = ["pretrained", "publishing"]  # for their fixtures
+
+
+def pytest_configure():
+    for name in USERS_OWN:  # here, and not in the processes of clients, which set them
+        os.environ.pop(name, None)
 
 
 def pytest_collection_modifyitems(items):

@@ -29,10 +29,9 @@ RICH = [
     "mix_data=digits",
     "mix_images=10",
 ]
-# what the user may have set for runs of their own
-for name in ("DATA_DIR", "TIMM_IEBN_NAMESPACE", "HF_ENDPOINT", "HF_TOKEN", "HF_HUB_OFFLINE"):
-    os.environ.pop(name, None)
-ENVIRONMENT = os.environ | dict(OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true")
+USERS_OWN = ("DATA_DIR", "TIMM_IEBN_NAMESPACE")  # what a user may have set for other runs
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in USERS_OWN}
+ENVIRONMENT |= dict(OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true")
 
 
 def command(*args, processes=1, script="train.py"):
