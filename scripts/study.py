@@ -17,6 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
+from typing import TextIO
 
 from timm_iebn.recipe import load_recipe
 from timm_iebn.study import Run, Study, keep, load_study, same_run
@@ -24,6 +25,12 @@ from timm_iebn.study_report import write_report
 from timm_iebn.training.data import add_data_dir
 
 ROOT = Path(__file__).parents[1]
+
+
+def say(line: str, file: TextIO = sys.stdout) -> None:
+    """In one piece, as threads write beside each other: `print` would write the end of the line by itself."""
+    file.write(f"{line}\n")
+    file.flush()
 
 
 class Queue:
@@ -54,7 +61,7 @@ class Queue:
         wanted = self.todo[place]
         names = ", ".join(f"{study.folder.name}: {run.name}" for study, run in wanted)
         made = same_run(*wanted[0])  # another process may have made it meanwhile
-        print(f"{place + 1}/{len(self.todo)} {names}{f' is {made}' if made else ''}", flush=True)
+        say(f"{place + 1}/{len(self.todo)} {names}{f' is {made}' if made else ''}")
         folder = made or self.train(*wanted[0])
         for study, run in wanted:
             if folder:
@@ -75,7 +82,7 @@ class Queue:
             self.processes.discard(process)
         if process.returncode and not self.signum:
             self.failed = True
-            print(f"{run.name} stopped: see {folder}.txt", file=sys.stderr)
+            say(f"{run.name} stopped: see {folder}.txt", sys.stderr)
         return None if process.returncode else folder
 
     def report(self, study: Study) -> None:
@@ -88,7 +95,7 @@ class Queue:
             write()
         except (OSError, ValueError) as e:
             self.failed = True
-            print(f"study.py: {e}", file=sys.stderr)
+            say(f"study.py: {e}", sys.stderr)
 
 
 def main() -> int:
