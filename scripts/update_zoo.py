@@ -114,9 +114,10 @@ def update(is_check: bool) -> int:
     stale = {
         path: text for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text
     }
+    by_write_report = {study.folder / "README.md" for study in studies}
     for path, text in stale.items():
         print(f"{path.relative_to(ROOT)} {'is out of line' if is_check else 'written'}")
-        if not is_check and path.parent not in {study.folder for study in studies}:  # which `write_report` writes
+        if not is_check and path not in by_write_report:
             write_atomically(path, text.encode())  # README.md holds what people wrote
     if not is_check:
         plot_results(comparisons).savefig(zoo / "results.png", dpi=120)

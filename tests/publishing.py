@@ -14,10 +14,11 @@ import safetensors.torch
 from hub_client import client
 from hub_server import Hub
 
-from timm_iebn.zoo import WEIGHTS, model_folders, sha256
+from timm_iebn.files import sha256
+from timm_iebn.zoo import WEIGHTS, read_zoo
 
 SCRIPT = str(Path(__file__).parents[1] / "scripts" / "publish.py")
-FOLDER = next(folder for folder in model_folders() if "_iebn" in folder.name)
+FOLDER = next(folder for folder in read_zoo() if "_iebn" in folder.name)
 TOKEN, READER = "hf_planted_writer", "hf_planted_reader"
 
 

@@ -12,9 +12,9 @@ from timm.models import get_pretrained_cfg
 from timm_iebn.card import REPORTED, make_card, make_warm_start_card
 from timm_iebn.recipe import load_recipe
 from timm_iebn.results import BATCH_NORM, IEBN, TrainedModel, compare
-from timm_iebn.zoo import model_folders, read_config
+from timm_iebn.zoo import read_config, read_zoo
 
-FOLDERS = model_folders()
+FOLDERS = [*read_zoo()]
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)

@@ -20,7 +20,7 @@ from pretrained import TOKEN, TWINS, WEIGHTS, assert_explains, assert_same, batc
 from safetensors.torch import load, save
 
 from timm_iebn.card import make_warm_start_card
-from timm_iebn.zoo import model_folders
+from timm_iebn.zoo import read_zoo
 
 
 def execute(code, folder):
@@ -132,7 +132,7 @@ def test_a_published_network_keeps_its_gates(hub, online, folder, tmp_path):
 
 
 def test_others_may_publish_a_training_of_their_own_under_a_name_of_the_zoo(hub, online, folder, tmp_path):
-    name = model_folders()[0].name
+    name = [*read_zoo()][0].name
     model = randomize(timm.create_model(name.split(".")[0]))
     folder(model, model.state_dict())
     hub.repos |= {

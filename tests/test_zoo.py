@@ -14,7 +14,7 @@ from timm.models import get_pretrained_cfg
 
 import timm_iebn
 from timm_iebn import zoo
-from timm_iebn.zoo import WEIGHTS, hub_id, list_zoo, model_folders
+from timm_iebn.zoo import WEIGHTS, hub_id, list_zoo, read_zoo
 
 ROOT = Path(__file__).parents[1]
 LOAD_ALL = """
@@ -27,7 +27,7 @@ print(timm_iebn.__file__, *[model.name for model in models], sep="\\n")
 
 
 def test_the_zoo_is_registered_and_listed():
-    folders = [folder for folder in model_folders() if (folder / WEIGHTS).exists()]
+    folders = [folder for folder in read_zoo() if (folder / WEIGHTS).exists()]
     assert folders
     for folder in folders:
         cfg = get_pretrained_cfg(folder.name)
@@ -42,7 +42,7 @@ def test_the_zoo_is_registered_and_listed():
 
 
 def test_a_name_and_its_folder_give_the_same_network():
-    folder = model_folders()[0]
+    folder = [*read_zoo()][0]
     x = torch.randn(2, 3, 32, 32)
     one, other = (timm.create_model(n, pretrained=True).eval() for n in (folder.name, f"local-dir:{folder}"))
     assert torch.equal(one(x), other(x))
@@ -58,7 +58,7 @@ def test_the_default_is_the_longest_training_then_the_lowest_seed(tmp_path):
     add("b", 164, 2)
     add("c", 200, 0, pretrained=True)
     add("d", 164, 0)
-    assert [folder.name for folder in model_folders(tmp_path)] == ["net.d", "net.b", "net.a", "net.c"]
+    assert [folder.name for folder in read_zoo(tmp_path)] == ["net.d", "net.b", "net.a", "net.c"]
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_a_folder_of_others_is_left_out_with_a_warning(copied_zoo, config):
     other.mkdir()
     (other / "config.json").write_text(config)
     with pytest.warns(UserWarning, match="other.tag is left out"):
-        assert model_folders(copied_zoo.parent) == [copied_zoo]
+        assert [*read_zoo(copied_zoo.parent)] == [copied_zoo]
 
 
 @pytest.mark.parametrize("changes", [dict(seed="0"), dict(epochs=None), dict(pretrained=1), dict(test_top1="high")])
@@ -89,7 +89,7 @@ def test_a_config_json_of_another_shape_does_not_break_the_import(tmp_path, chan
     (tmp_path / "net.b").mkdir()
     write_config(tmp_path / "net.b", "net", **changes)
     with pytest.warns(UserWarning, match=f"net.b is left out .*{next(iter(changes))!r} should be of type"):
-        assert [folder.name for folder in model_folders(tmp_path)] == ["net.a"]
+        assert [folder.name for folder in read_zoo(tmp_path)] == ["net.a"]
 
 
 def test_a_damaged_speed_csv_is_named(tmp_path):
@@ -101,8 +101,8 @@ def test_a_damaged_speed_csv_is_named(tmp_path):
 @pytest.fixture
 def copied_zoo(tmp_path, monkeypatch):
     """A zoo of one network, whose files a test may change."""
-    folder = tmp_path / model_folders()[0].name
-    shutil.copytree(model_folders()[0], folder)
+    folder = tmp_path / [*read_zoo()][0].name
+    shutil.copytree([*read_zoo()][0], folder)
     monkeypatch.setattr(zoo, "ZOO", tmp_path)
     return folder
 
@@ -150,4 +150,4 @@ def test_the_wheel_brings_the_weights(tmp_path):
     assert result.returncode == 0, result.stderr
     file, *names = result.stdout.split()
     assert Path(file).is_relative_to(tmp_path / "s") and Path(timm_iebn.__file__).parent != Path(file).parent
-    assert names == [folder.name for folder in model_folders()]
+    assert names == [folder.name for folder in read_zoo()]

@@ -26,15 +26,19 @@ class Results:
         """The last epoch's `column`, by seed."""
         return {seed: log[-1][column] for seed, log in self.logs[row, network].items()}
 
+    def beside_control(self, row: str, network: str, column: str) -> dict[int, tuple[float, float]]:
+        """The last epoch's `column` of `row` and of the control, by seed, where there are both."""
+        there, here = (self.last(r, network, column) for r in (row, self.study.control))
+        return {seed: (there[seed], here[seed]) for seed in there.keys() & here.keys()}
+
     def changes(self, row: str, network: str, column: str) -> dict[int, float]:
         """How `row` differs from the control, by seed."""
-        there, here = (self.last(r, network, column) for r in (row, self.study.control))
-        return {seed: there[seed] - here[seed] for seed in there.keys() & here.keys()}
+        return {seed: there - here for seed, (there, here) in self.beside_control(row, network, column).items()}
 
     def shares(self, row: str, network: str, column: str) -> dict[int, float]:
         """What `row` keeps of the control's result, in percent, by seed."""
-        there, here = (self.last(r, network, column) for r in (row, self.study.control))
-        return {seed: 100 * there[seed] / here[seed] for seed in there.keys() & here.keys() if here[seed]}
+        pairs = self.beside_control(row, network, column).items()
+        return {seed: 100 * there / here for seed, (there, here) in pairs if here}
 
     def places(self, column: str) -> int:
         """As many decimal places as show three digits of the column's largest result, at least two."""

@@ -100,11 +100,6 @@ def read_zoo(zoo: Path = ZOO) -> dict[Path, dict[str, Any]]:
     return {folder: configs[folder] for folder in sorted(ranks, key=ranks.get)}
 
 
-def model_folders(zoo: Path = ZOO) -> list[Path]:
-    """The model folders in `zoo`, in the order of `read_zoo`."""
-    return [*read_zoo(zoo)]
-
-
 _read_shipped = cache(read_zoo)  # for each architecture that is registered
 
 

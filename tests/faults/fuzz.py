@@ -93,7 +93,7 @@ OTHERS = [
     ),
     Target(
         "config.json, recipe.yaml, speed.csv",
-        "model_folders, list_zoo and the zoo's tables",
+        "read_zoo, list_zoo and the zoo's tables",
         readers.make_zoo,
         readers.read_zoo,
         readers.ZOO_FILES,

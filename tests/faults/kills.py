@@ -33,7 +33,7 @@ import timm_iebn.publish
 import timm_iebn.training.trainer  # noqa: F401  with all that victims need
 from timm_iebn.model_folder import FILES
 from timm_iebn.training.checkpoint import CheckpointError, load_latest, read_checkpoint, save_checkpoint
-from timm_iebn.zoo import WEIGHTS, model_folders
+from timm_iebn.zoo import WEIGHTS, read_zoo
 
 from . import TOKEN, Outcome
 from .readers import TAG, write_folder
@@ -268,7 +268,7 @@ def load_ended(name: str, cache: Path, seconds: float, said: Path) -> int | None
 def downloading(kills: int, seed: int, folder: Path) -> Outcome:
     """Kills of `timm.create_model('hf-hub:...')` while it downloads into an empty cache; then the same again."""
     random, failures, in_file, left, said = Random(f"{seed} downloading"), [], 0, 0, folder / "said"
-    source = next(f for f in model_folders() if "_iebn" in f.name)
+    source = next(f for f in read_zoo() if "_iebn" in f.name)
     folder.mkdir(exist_ok=True)
     files = {name: (source / name).read_bytes() for name in FILES}
     model = timm.create_model(f"local-dir:{source}", pretrained=True)
