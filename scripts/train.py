@@ -95,4 +95,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if torch.distributed.is_initialized():  # threads of a group that is still there may abort the interpreter's end
+        torch.distributed.destroy_process_group()
+    sys.exit(code)

@@ -38,6 +38,7 @@ def main() -> int:
         f"{args.model}: test loss {row['test_loss']:.4f}"
         f"  top-1 {row['test_top1']:.2f} %  top-5 {row['test_top5']:.2f} %"
     )
+    accelerator.end_training()
     return 0
 
 

@@ -254,8 +254,10 @@ def test_norms_that_are_not_synchronised_are_evaluated_and_saved_with_one_statis
 
 
 EACH_ITS_OWN = """
-import os, runpy, sys
+import atexit, os, runpy, sys, torch
 script, root, *args = sys.argv[1:]
+ends = open(f"{root}/{os.environ['RANK']}.ends", "a")
+atexit.register(lambda: print("group" if torch.distributed.is_initialized() else "none", file=ends, flush=True))
 sys.argv = [script, "--output", f"{root}/{os.environ['RANK']}/out", *args]
 runpy.run_path(script, run_name="__main__")
 """
@@ -274,8 +276,11 @@ def test_machines_without_a_shared_disk_go_on_together(tmp_path):
     for _ in range(2):  # goes on, then only reports
         result = run(*args, cwd=tmp_path, processes=2, script=wrapper)
         assert result.returncode == 0, result.stderr
+    assert run(*(a for a in args if a != "--resume"), cwd=tmp_path, processes=2, script=wrapper).returncode != 0
     assert log(tmp_path / "0" / "out")[0]["updates"] == str(1438 // 16)
     assert not (tmp_path / "1" / "out").exists()
+    # stopped, finished, with nothing to do or refused: a process group still there may abort the interpreter's end
+    assert [(tmp_path / f"{rank}.ends").read_text() for rank in range(2)] == ["none\n" * 4] * 2
 
 
 def test_two_trainers_do_not_write_to_one_folder(tmp_path):

@@ -18,6 +18,8 @@ from accelerate.utils import DistributedType, TorchDynamoPlugin, broadcast_objec
 from ..recipe import Recipe, RecipeError
 from ..versions import check_versions
 
+TRACKERS = ("tensorboard", "wandb")
+
 _SPREAD = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
 
 

@@ -28,8 +28,6 @@ from .processes import StopRequest, create_training_accelerator, on_main, start_
 from .run_folder import check_output, clean_up, finished_row, folder_lock, open_folder, work_folder
 from .workload import Workload
 
-TRACKERS = ("tensorboard", "wandb")
-
 _REMEDY = "Lower lr, add warmup_epochs or clip_grad, or use precision: no, in a run of its own."
 
 
@@ -322,15 +320,13 @@ def train(
 
     Args:
         recipe: everything that decides the result.
-        output: the folder to write; must not exist, unless `resume`.
+        output: the folder to write, the main process's; must not exist, unless `resume`.
         resume: go on with an unfinished run, if there is one; return the result of a finished one.
         data_dir: where the data is on this machine; see `data.open_split`.
         mix_data_dir: the same for the recipe's `mix_data`.
         workers: processes that load images, where the recipe's loader is timm's.
         checkpoint_updates: a checkpoint after so many updates, beside that after each epoch; 0 for none.
         trackers: of `TRACKERS`, through accelerate.
-
-    With several processes, the folders are those of the main process.
 
     Raises:
         RecipeError: something is impossible; before the first step, and nothing is written.
