@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, TorchDynamoPlugin, broadcast_object_list, parse_flag_from_env
 
@@ -70,6 +71,11 @@ def create_training_accelerator(recipe: Recipe, project_dir: Path, trackers: Seq
     if recipe.precision == "fp16" and accelerator.device.type == "cpu":
         raise RecipeError("precision: 'fp16' needs a GPU: use bf16 or no")
     return accelerator
+
+
+def is_bf16_emulated() -> bool:
+    """Whether convolutions in bfloat16 have no instructions on this CPU, one for x86."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 def start_trackers(accelerator: Accelerator, recipe: Recipe, output: Path, project_dir: Path) -> None:
