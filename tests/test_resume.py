@@ -12,7 +12,7 @@ import timm
 import torch
 from accelerate.utils import set_seed
 from safetensors.torch import load_file
-from training import ENVIRONMENT, RICH, SCRIPTS, SHORT, image_folder, log, run, started, wait_for, weights
+from training import ENVIRONMENT, RICH, SCRIPTS, SHORT, SMALL, image_folder, log, run, started, wait_for, weights
 
 from timm_iebn.recipe import Recipe
 from timm_iebn.run_log import read_log
@@ -98,7 +98,7 @@ def test_processes_asked_to_stop_stop_together_and_go_on(tmp_path):
     """None ends before the checkpoint is whole: a launcher ends all when the first one ends."""
     folder, wrapper = tmp_path / "out", tmp_path / "wrapper.py"
     wrapper.write_text(SLOW_DISK)
-    args = ["--output", folder, "--resume", "batch_size=16", "epochs=1", "warmup_epochs=0"]
+    args = ["--output", folder, "--resume", "batch_size=16", "epochs=1", "warmup_epochs=0", SMALL]
     args += ["--checkpoint-updates", "20"]
     work = folder.with_name("out.run")
     with started(SCRIPTS / "train.py", *args, processes=2, script=wrapper) as launched:
@@ -268,7 +268,7 @@ def test_machines_without_a_shared_disk_go_on_together(tmp_path):
     wrapper = tmp_path / "wrapper.py"
     wrapper.write_text(EACH_ITS_OWN)
     args = [SCRIPTS / "train.py", tmp_path, "--resume", "--checkpoint-updates", "5"]
-    args += ["batch_size=16", "epochs=1", "warmup_epochs=0"]
+    args += ["batch_size=16", "epochs=1", "warmup_epochs=0", SMALL]
     with started(*args, processes=2, script=wrapper) as launched:
         wait_for("0*.safetensors", tmp_path / "0" / "out.run", launched)
         launched.send_signal(signal.SIGTERM)

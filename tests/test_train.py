@@ -16,7 +16,7 @@ import torch
 from accelerate.utils import is_compiled_module
 from packaging.version import Version
 from torch import nn
-from training import ENVIRONMENT, SHORT, image_folder, run, weights
+from training import ENVIRONMENT, SHORT, SMALL, image_folder, run, weights
 
 from timm_iebn.environment import commit_of
 from timm_iebn.model_folder import save_weights
@@ -89,7 +89,7 @@ def test_validate_takes_any_number_of_processes(trained):
 def test_an_image_that_is_damaged_is_named_and_ends_the_run(tmp_path):
     """Whoever meets it: the training or the evaluation, at once in memory, late with timm's loader."""
     data, folder = image_folder(tmp_path / "data", 20, size=32), tmp_path / "out"
-    args = ["data=folder", "epochs=1", "batch_size=8", "warmup_epochs=0", "--data-dir", data]
+    args = ["data=folder", "epochs=1", "batch_size=8", "warmup_epochs=0", SMALL, "--data-dir", data]
     assert run("--output", folder, *args, cwd=tmp_path).returncode == 0
     (data / "test" / "ant" / "3.png").write_bytes(b"no picture")
     for loader in ("memory", "timm"):
@@ -105,7 +105,7 @@ def test_an_image_that_is_damaged_is_named_and_ends_the_run(tmp_path):
 
 def test_validate_takes_either_loader_and_the_classes_of_the_training_only(tmp_path):
     data, folder = image_folder(tmp_path / "data", 20, size=32), tmp_path / "out"
-    args = ["data=folder", "epochs=1", "batch_size=8", "warmup_epochs=0", "--data-dir", data]
+    args = ["data=folder", "epochs=1", "batch_size=8", "warmup_epochs=0", SMALL, "--data-dir", data]
     args += ["loader=timm", "auto_augment=rand-m3"]
     assert run("--output", folder, *args, cwd=tmp_path).returncode == 0
     memory, timms = (
@@ -238,7 +238,12 @@ def test_averaged_weights_are_what_is_saved_and_evaluated(uninterrupted):
     [
         ["precision=bf16", "epochs=1", "clip_grad=1.0", "label_smoothing=0.1", "cutmix=1.0"],
         ["grad_accumulation=4", "opt=sgd", "sched=cosine", "warmup_epochs=1", "min_lr=0.001"],
-        ["grad_checkpointing=true", "model_args={drop_path_rate: 0.1}", "channels_last=false", "decay_norms=false"],
+        [
+            "grad_checkpointing=true",
+            "model_args={depth: 1, drop_path_rate: 0.1}",
+            "channels_last=false",
+            "decay_norms=false",
+        ],
         ["compile=true", "compile_mode=reduce-overhead", "epochs=1"],
     ],
     ids=" ".join,
@@ -302,7 +307,7 @@ def test_evaluation_is_in_full_float32():
 def test_fine_tuning_to_other_classes_starts_from_the_weights(trained, tmp_path):
     source, _ = trained
     folder = tmp_path / "out"
-    start = [f"model=local-dir:{source}", "pretrained=true", "lr=1e-9", "weight_decay=0.0"]
+    start = [f"model=local-dir:{source}", "pretrained=true", "model_args={}", "lr=1e-9", "weight_decay=0.0"]
     result = run("--output", folder, *SHORT, *start, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     tuned, given = (safetensors.torch.load_file(f / "model.safetensors") for f in (folder, source))

@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
-SHORT = ["epochs=2", "warmup_epochs=0", "batch_size=200"]  # 14 updates
+SMALL = "model_args={depth: 1}"  # 8 layers in place of 20
+SHORT = ["epochs=2", "warmup_epochs=0", "batch_size=200", SMALL]  # 14 updates
 # all that has a state or draws random numbers
 RICH = [
     *SHORT,
@@ -23,7 +24,7 @@ RICH = [
     "random_erasing=0.2",
     "opt=adamw",
     "lr=0.002",
-    "model_args={drop_rate: 0.1}",
+    "model_args={depth: 1, drop_rate: 0.1}",
     "noise_scale=0.9",
     "noise_offset=0.1",
     "mix_data=digits",

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, ScalarFormatter
-from scipy.stats import t
+from scipy.special import stdtrit  # not scipy.stats, whose import takes a second
 
 from .models._registry import WARM_START
 from .recipe import Recipe, load_recipe
@@ -58,7 +58,7 @@ def paired_difference(ours: dict[int, float], baseline: dict[int, float], places
     mean = statistics.mean(differences)
     if len(seeds) < 2:
         return f"{mean:+.{places}f}"
-    half = t.ppf(0.975, len(seeds) - 1) * statistics.stdev(differences) / len(seeds) ** 0.5
+    half = stdtrit(len(seeds) - 1, 0.975) * statistics.stdev(differences) / len(seeds) ** 0.5
     return f"{mean:+.{places}f} [{mean - half:+.{places}f}, {mean + half:+.{places}f}]"
 
 
