@@ -340,7 +340,7 @@ def test_the_script_shows_what_gates_are_worth(tmp_path, uninterrupted):
     result = run_script(uninterrupted, "--output", tmp_path / "found", cwd=tmp_path, script="gates.py")
     assert result.returncode == 0, result.stderr
     assert "those of 1400 training images" in result.stdout  # in batches of 200, as it was trained
-    assert "Every gate frozen at its mean" in result.stdout and "| layer3.2.bn2 |" in result.stdout
+    assert "Every gate frozen at its mean" in result.stdout and "| layer3.0.bn2 |" in result.stdout
     trained, _ = re.search(r"running statistics as trained \| ([\d.]+) \| ([\d.]+)", result.stdout).groups()
     assert float(trained) == pytest.approx(read_log(uninterrupted / "log.csv")[-1]["test_top1"], abs=0.01)
     assert (tmp_path / "found.md").exists() and (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")
