@@ -23,6 +23,7 @@ from timm_iebn.training import TRACKERS, Stopped, TrainingError, train
 from timm_iebn.training.checkpoint import CheckpointError
 from timm_iebn.training.data import add_data_dir, open_test_data
 from timm_iebn.training.loaders import make_loader, make_share
+from timm_iebn.training.processes import end_group
 
 RECIPES = Path(__file__).parents[1] / "zoo" / "recipes"
 
@@ -96,6 +97,5 @@ def main() -> int:
 
 if __name__ == "__main__":
     code = main()
-    if torch.distributed.is_initialized():  # threads of a group that is still there may abort the interpreter's end
-        torch.distributed.destroy_process_group()
+    end_group()
     sys.exit(code)

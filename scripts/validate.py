@@ -14,7 +14,7 @@ import timm_iebn  # noqa: F401  registers the models
 from timm_iebn.recipe import RecipeError
 from timm_iebn.training.data import add_data_dir
 from timm_iebn.training.evaluate import evaluate, open_network
-from timm_iebn.training.processes import create_accelerator
+from timm_iebn.training.processes import create_accelerator, end_group
 
 
 def main() -> int:
@@ -38,9 +38,10 @@ def main() -> int:
         f"{args.model}: test loss {row['test_loss']:.4f}"
         f"  top-1 {row['test_top1']:.2f} %  top-5 {row['test_top5']:.2f} %"
     )
-    accelerator.end_training()
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    end_group()
+    sys.exit(code)

@@ -74,7 +74,7 @@ def create_training_accelerator(recipe: Recipe, project_dir: Path, trackers: Seq
 
 
 def is_bf16_emulated() -> bool:
-    """Whether convolutions in bfloat16 have no instructions on this CPU, one for x86."""
+    """Whether this is an x86 processor without instructions for convolutions in bfloat16."""
     return torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
@@ -100,6 +100,12 @@ def on_main(work: Callable[[], Any]) -> Any:
     if isinstance(result, Exception):
         raise result
     return result
+
+
+def end_group() -> None:
+    """Ends the process group, if there is one: threads of one that is still there may abort the interpreter's end."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 class StopRequest:
