@@ -1,11 +1,12 @@
 """Makes the runs of a study that are missing, and writes its table and curves.
 
-    python scripts/study.py zoo/studies/NAME [...] [--jobs 2] [--data-dir FOLDER] [--again FOLDER]
+    python scripts/study.py zoo/studies/NAME [...] [--jobs 2] [--data-dir FOLDER] [--again FOLDER [--change key=value]]
 
 Several studies are worked on by turns, one seed of each after the other. Stopped at any moment, the same command goes
 on. Runs are made in output/studies/; what documents them goes to the study's folder as they end. A run whose
 very recipe the zoo or another study has made already is taken from there.
-With --again all runs are made anew, in FOLDER/NAME, with the table and curves. What the studies share is made once.
+With --again all runs are made anew, in FOLDER/NAME, with the table and curves, and if wanted by a changed recipe. What
+the studies share is made once.
 """
 
 import argparse
@@ -106,11 +107,13 @@ def main() -> int:
         "--output", type=Path, help="where runs are made (default: output/studies, or FOLDER of --again)"
     )
     parser.add_argument("--again", type=Path, metavar="FOLDER", help="make all runs anew, there")
+    change_help = "with --again: a change to the studies' recipes, as precision=no; may be given more than once"
+    parser.add_argument("--change", action="append", default=[], metavar="key=value", help=change_help)
     add_data_dir(parser)
     parser.add_argument("--mix-data-dir", default="", help="for scripts/train.py")
     args = parser.parse_args()
     try:
-        studies = [load_study(folder, args.again) for folder in args.studies]
+        studies = [load_study(folder, args.again, args.change) for folder in args.studies]
         output = args.output or args.again or Path("output") / "studies"
         queue = Queue(studies, output, ["--data-dir", args.data_dir, "--mix-data-dir", args.mix_data_dir])
     except (OSError, ValueError) as e:  # RecipeError too

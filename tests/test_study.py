@@ -1,22 +1,14 @@
-"""Studies: their runs, made and continued, and what is written from their logs; and the gates of a trained network."""
+"""Studies: their runs, made and continued, and what is written from their logs."""
 
-import re
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
-import timm
-import torch
 import yaml
-from conftest import randomize
 from training import run as run_script
 from training import started, wait_for
 
-import timm_iebn
-from timm_iebn.gates import collect_gates, freeze_gates, summary
-from timm_iebn.layers import NEUTRAL_GATE
 from timm_iebn.recipe import Recipe, RecipeError, load_recipe
-from timm_iebn.run_log import read_log
 from timm_iebn.study import RUN_FILES, keep, load_study, same_run
 from timm_iebn.study_report import read_results
 from timm_iebn.study_report import report as report_on
@@ -194,19 +186,39 @@ def test_again_makes_all_runs_anew_elsewhere(tmp_path):
     for run in study.runs:
         write_run(folder / "runs" / run.name, load_recipe(study.recipe_path, run.overrides))
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    result = run_script(folder, "--again", tmp_path / "again", cwd=tmp_path, script="study.py")
+    again = ["--again", tmp_path / "again", "--change", "lr=0.02"]
+    result = run_script(folder, *again, cwd=tmp_path, script="study.py")
     assert result.returncode == 0, result.stderr
     assert result.stdout == "1/2 trial: plain.batch_norm.seed3\n2/2 trial: plain.IEBN.seed3\n"
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    made = load_study(folder, tmp_path / "again")
+    made = load_study(folder, tmp_path / "again", ["lr=0.02"])
     assert all(made.log(run)[-1]["test_loss"] > 0 for run in made.runs)
+    assert {load_recipe(path).lr for path in made.folder.glob("runs/*/recipe.yaml")} == {0.02}
     text = (tmp_path / "again" / "trial" / "README.md").read_text()
+    assert "Here the recipe is changed: lr=0.02." in text and "Here the recipe" not in report(study)
     assert not (tmp_path / "output").exists()  # where there may be runs made before
     assert "2 of 2 runs are made" in text and text.count("(one seed)") == 2
     with pytest.raises(RecipeError, match="studies/trial is the folder of a study: have it made again elsewhere"):
         load_study(folder, folder.parent)
     (made.folder / "runs" / "plain.IEBN.seed3" / "log.csv").unlink()
-    assert f"study.py zoo/studies/trial --again {tmp_path / 'again'}" in report(made)
+    assert f"study.py zoo/studies/trial --again {tmp_path / 'again'} --change lr=0.02\n" in report(made)
+
+
+def test_a_study_is_made_by_one_recipe(tmp_path):
+    folder, again = write_study(tmp_path), tmp_path / "again"
+    with pytest.raises(RecipeError, match="by its own recipe: precision=bf16 is possible with --again only"):
+        load_study(folder, changes=["precision=bf16"])
+    with pytest.raises(ValueError, match="'A trial' sets seed for each run"):
+        load_study(folder, again, ["seed=5"])
+    with pytest.raises(RecipeError, match="unknown key 'precisio'.* did you mean 'precision'"):
+        load_study(folder, again, ["precisio=bf16"])
+    study = load_study(folder, again, ["precision=bf16"])
+    recipe = load_recipe(study.recipe_path, study.runs[0].overrides)
+    assert recipe.precision == "bf16"
+    write_run(study.folder / "runs" / study.runs[0].name, recipe)
+    assert load_study(folder, again, ["precision=bf16"]).log(study.runs[0])
+    with pytest.raises(RecipeError, match="batch_norm.seed0 was made by another recipe"):
+        load_study(folder, again)
 
 
 def write_run(folder, recipe, epochs=1):
@@ -293,59 +305,3 @@ def test_every_log_of_the_zoos_studies_is_of_the_recipe_that_the_study_says(path
         assert len(study.log(run)) == said["epochs"]
         if said.keys() <= {f.name for f in fields(Recipe)}:  # some were made with options that are gone since
             assert load_recipe(kept) == load_recipe(study.recipe_path, run.overrides)
-
-
-# ---- gates
-
-
-def trained():
-    net = randomize(timm.create_model("resnet20_cifar_iebn", num_classes=3)).eval()
-    return net, [(torch.randn(8, 3, 32, 32), torch.arange(8) % 3) for _ in range(2)]
-
-
-def test_gates_are_those_that_the_layers_use():
-    net, batches = trained()
-    gates, labels = collect_gates(net, batches)
-    assert len(labels) == 16 and gates["bn1"].shape == (16, 16) and gates["layer3.2.bn2"].shape == (16, 64)
-    x = net.conv1(batches[0][0])
-    gated, plain = net.bn1(x), net.bn1.weight[:, None, None] * (x - net.bn1.running_mean[:, None, None])
-    plain = plain / torch.sqrt(net.bn1.running_var + 1e-5)[:, None, None]
-    found = (gated - net.bn1.bias[:, None, None]) / plain
-    torch.testing.assert_close(found.flatten(2).median(2).values, gates["bn1"][:8], rtol=1e-3, atol=1e-3)
-    assert not any(m._forward_pre_hooks for m in net.modules())
-
-
-def test_a_network_with_frozen_gates_is_a_batch_norm_network():
-    net, batches = trained()
-    gates, _ = collect_gates(net, batches)
-    freeze_gates(net, gates)
-    for layer, of_each in collect_gates(net, batches)[0].items():
-        torch.testing.assert_close(of_each, gates[layer].mean(0).expand_as(of_each))
-    images, expected = batches[0][0], net(batches[0][0])
-    torch.testing.assert_close(timm_iebn.convert_iebn_to_bn(net)(images), expected, rtol=1e-3, atol=1e-3)
-
-
-def test_the_summary_tells_images_and_classes_apart():
-    labels = torch.arange(12) % 3
-    by_class = NEUTRAL_GATE + 0.1 * (labels[:, None] - 1.0).expand(12, 5)
-    noise = torch.tensor([1.0, -1.0]).repeat_interleave(6)[:, None].expand(12, 5) * 0.2 + 0.5
-    first, second = summary({"a": by_class, "b": noise}, labels)
-    assert first["mean"] == pytest.approx(NEUTRAL_GATE) and first["class_share"] == pytest.approx(1.0)
-    assert first["spread"] == pytest.approx(0.1 * (2 / 3) ** 0.5)
-    assert second["class_share"] == pytest.approx(0.0, abs=1e-6) and second["spread"] == pytest.approx(0.2)
-    assert (second["low"], second["high"]) == (pytest.approx(0.3), pytest.approx(0.7))
-
-
-def test_the_script_shows_what_gates_are_worth(tmp_path, uninterrupted):
-    result = run_script(uninterrupted, "--output", tmp_path / "found", cwd=tmp_path, script="gates.py")
-    assert result.returncode == 0, result.stderr
-    assert "those of 1400 training images" in result.stdout  # in batches of 200, as it was trained
-    assert "Every gate frozen at its mean" in result.stdout and "| layer3.0.bn2 |" in result.stdout
-    trained, _ = re.search(r"running statistics as trained \| ([\d.]+) \| ([\d.]+)", result.stdout).groups()
-    assert float(trained) == pytest.approx(read_log(uninterrupted / "log.csv")[-1]["test_top1"], abs=0.01)
-    assert (tmp_path / "found.md").exists() and (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_network_without_gates_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="ResNet has no IEBN"):
-        collect_gates(timm.create_model("resnet18"), [])

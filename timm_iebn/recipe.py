@@ -197,11 +197,22 @@ class Recipe:
         return yaml.safe_dump(plain, sort_keys=False)
 
 
-def _parse(override: str, value: str) -> Any:
-    try:
-        return parse_yaml(value)
-    except yaml.YAMLError as e:
-        raise RecipeError(f"{override!r}: {value!r} is not YAML: {str(e).splitlines()[0]}") from e
+def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
+    """The values of `key=value` overrides, which are YAML.
+
+    Raises:
+        RecipeError: one is of another form.
+    """
+    values = {}
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise RecipeError(f"{override!r}: overrides are written key=value")
+        try:
+            values[key] = parse_yaml(value)
+        except yaml.YAMLError as e:
+            raise RecipeError(f"{override!r}: {value!r} is not YAML: {str(e).splitlines()[0]}") from e
+    return values
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -214,17 +225,11 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     where = f"{path} with {' '.join(overrides)}" if overrides else str(path)
     try:
         values: Any = parse_yaml(Path(path).read_text(encoding="utf-8"))
-        values = dict(values) if isinstance(values, dict) else None
-        for override in overrides:
-            key, equals, value = override.partition("=")
-            if not equals:
-                raise RecipeError(f"{override!r}: overrides are written key=value")
-            if values is not None:
-                values[key] = _parse(override, value)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
         raise RecipeError(f"can't read the recipe {path}: {shorten(e)}") from e
-    if values is None:
+    if not isinstance(values, dict):
         raise RecipeError(f"{path} is not a recipe: it must hold one YAML mapping")
+    values = values | parse_overrides(overrides)
     known = [f.name for f in fields(Recipe)]
     for key in values:
         if key not in known:

@@ -6,8 +6,10 @@ A folder of zoo/studies/ holds its study.yaml, what every run of it left (recipe
 
 import json
 import re
+import shlex
 import shutil
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from itertools import product
@@ -18,7 +20,7 @@ import yaml
 from filelock import FileLock
 
 from .messages import shorten
-from .recipe import RecipeError, load_recipe
+from .recipe import RecipeError, load_recipe, parse_overrides
 from .run_log import read_log
 from .safe_yaml import parse_yaml
 
@@ -42,6 +44,7 @@ class Study:
     """What a study.yaml says."""
 
     folder: Path
+    changes: list[str]  # of the recipe, key=value, in a study that is made again
     title: str
     text: str  # what is asked and how, in Markdown
     recipe: str  # its file, from the study's folder
@@ -65,8 +68,11 @@ class Study:
         """All runs, in an order that completes comparisons early."""
         runs = []
         for seed, row, network in product(self.seeds, self.rows, self.networks):
-            overrides = [f"{k}={json.dumps(v)}" for k, v in (self.overrides(row, network) | dict(seed=seed)).items()]
+            own = self.overrides(row, network) | dict(seed=seed)
+            if both := parse_overrides(self.changes).keys() & own.keys():
+                raise ValueError(f"{self.title!r} sets {', '.join(sorted(both))} for each run: that can't be changed")
             name = re.sub(r"[^\w.]+", "_", f"{row}.{network}.seed{seed}")
+            overrides = [*self.changes, *(f"{k}={json.dumps(v)}" for k, v in own.items())]
             runs.append(Run(name, row, network, seed, overrides))
         return runs
 
@@ -83,6 +89,13 @@ class Study:
             raise ValueError(f"row {row!r} and network {network!r} both set {', '.join(sorted(both))}")
         return condition | own
 
+    @property
+    def command(self) -> str:
+        """What makes the runs that are missing."""
+        again = ["--again", str(self.folder.parent)] if self.is_again else []
+        changes = [word for change in self.changes for word in ("--change", change)]
+        return shlex.join(["python", "scripts/study.py", f"zoo/studies/{self.folder.name}", *again, *changes])
+
     def log(self, run: Run) -> Log | None:
         """The epochs of `run`, if it has been made."""
         path = self.folder / "runs" / run.name / "log.csv"
@@ -97,27 +110,35 @@ class Study:
         return rows
 
 
-def load_study(folder: Path, again: Path | None = None) -> Study:
-    """The study in `folder`; to be made `again` in a folder of its name there, if given.
+def load_study(folder: Path, again: Path | None = None, changes: Sequence[str] = ()) -> Study:
+    """The study in `folder`; to be made `again` in a folder of its name there, if given, with `changes` of the recipe,
+    key=value.
 
     Raises:
-        RecipeError: its study.yaml is not one, or some run to be made has no possible recipe.
-        ValueError: the log of a run is damaged; the message names it.
+        RecipeError: its study.yaml is not one, some run to be made has no possible recipe, or one that is made again
+            was made by another recipe.
+        ValueError: the log of a run is damaged, and the message names it; or each run sets what `changes` do.
     """
+    if changes and not again:
+        raise RecipeError(f"a study is made by its own recipe: {', '.join(changes)} is possible with --again only")
     try:
         values = parse_yaml((folder / "study.yaml").read_text(encoding="utf-8"))
-        study = Study(folder=folder, **values)
+        study = Study(folder=folder, changes=[], **values)
         _check(study)
     except (OSError, TypeError, ValueError, yaml.YAMLError) as e:
-        keys = ", ".join(f.name for f in fields(Study)[1:])
+        keys = ", ".join(f.name for f in fields(Study)[2:])
         raise RecipeError(f"{folder / 'study.yaml'} is no study, which has the keys {keys}: {shorten(e)}") from e
     if again:
-        study = replace(study, folder=again / folder.resolve().name, recipe=str(study.recipe_path.resolve()))
+        there = again / folder.resolve().name
+        study = replace(study, folder=there, changes=[*changes], recipe=str(study.recipe_path.resolve()))
         if not study.is_again:
             raise RecipeError(f"{study.folder} is the folder of a study: have it made again elsewhere than in {again}")
     for run in study.runs:
+        kept = study.folder / "runs" / run.name
         if study.log(run) is None:  # what was made needs no option that is gone since
             load_recipe(study.recipe_path, run.overrides)
+        elif again and load_recipe(kept / "recipe.yaml") != load_recipe(study.recipe_path, run.overrides):
+            raise RecipeError(f"{kept} was made by another recipe: have the study made again elsewhere than in {again}")
     return study
 
 

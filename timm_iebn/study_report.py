@@ -96,15 +96,14 @@ def report(results: Results) -> str:
         cells = {study.columns[first]: (change, first), "kept of it, %": (share, first)}
         changes = _table(study, others, cells, "against {}'s")
         tables += f"\n\nWhat has changed from {study.control}, with the same norm:\n\n{changes}"
-    made, again = sum(map(len, results.logs.values())), f" --again {study.folder.parent}" if study.is_again else ""
-    command = f"python scripts/study.py zoo/studies/{study.folder.name}{again}"
-    rest = f" The rest:\n\n    {command}" if made < len(study.runs) else ""
+    made, changes = sum(map(len, results.logs.values())), ", ".join(study.changes)
+    rest = f" The rest:\n\n    {study.command}" if made < len(study.runs) else ""
     return f"""\
 <!-- written by scripts/study.py -->
 # {study.title}
 
 {study.text.strip()}
-
+{f"{chr(10)}Here the recipe is changed: {changes}.{chr(10)}" if changes else ""}
 Figures are those of the last epoch: mean and standard deviation over seeds; differences are those of runs of one seed,
 with their 95 % confidence interval. {made} of {len(study.runs)} runs are made; each one's recipe, log and versions
 are in `runs/`.{rest}
