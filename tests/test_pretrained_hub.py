@@ -131,7 +131,7 @@ def test_a_published_network_keeps_its_gates(hub, online, folder, tmp_path):
     assert all((loaded[key] == t.numpy()).all() for key, t in model.state_dict().items())
 
 
-def test_others_may_publish_a_training_of_their_own_under_a_name_of_the_zoo(hub, online, folder, tmp_path):
+def test_others_may_publish_a_training_of_their_own_under_a_name_of_the_zoo(hub, online, home, folder, tmp_path):
     name = [*read_zoo()][0].name
     model = randomize(timm.create_model(name.split(".")[0]))
     folder(model, model.state_dict())
@@ -142,7 +142,9 @@ def test_others_may_publish_a_training_of_their_own_under_a_name_of_the_zoo(hub,
     loaded = online(state, f"hf-hub:lab/{name}")
     assert all((loaded[key] == t.numpy()).all() for key, t in model.state_dict().items())
     found = online(failure, f"hf-hub:timm-iebn/{name}")  # where it would be another one than the zoo's
-    assert_explains(found, RuntimeError, "or others than this version of timm-iebn knows", "removed from the cache")
+    assert_explains(found, RuntimeError, "others than this version of timm-iebn knows", f"timm-iebn/{name}@REVISION")
+    assert [path for path in (home / "hub" / f"models--timm-iebn--{name}").glob("blobs/*") if path.is_file()]
+    assert online(state, f"hf-hub:timm-iebn/{name}@main").keys() == loaded.keys()  # a revision asked for by name
 
 
 @pytest.mark.parametrize("key", ["file", "state_dict"])

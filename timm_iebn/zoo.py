@@ -154,26 +154,39 @@ def check_weights(weights: Path) -> None:
     )
 
 
-def check_download(hub_id: str, cache_dir: str | Path | None = None) -> None:
-    """Raises RuntimeError if the cached weights of a Hub repository are not those that the Hub has, and removes them.
+def check_download(hub_id: str, cache_dir: str | Path | None = None, is_own: bool = False) -> None:
+    """Compares the cached weights of a Hub repository with what they should be.
 
     The Hub's client compares sizes only; the name of a large file in its cache is the sha256 that it should have. A
     checkpoint of the zoo has its sha256 in the config that came with the package.
+
+    Args:
+        is_own: whether the repository was named by its user, and speaks for itself, its config.json included.
+
+    Raises:
+        RuntimeError: they are damaged, and have been removed from the cache; or, under the name of a checkpoint of the
+            zoo and without a revision, they are others.
     """
     repo, revision = hf_split(hub_id)
     path = try_to_load_from_cache(repo, WEIGHTS, cache_dir, revision)
-    if isinstance(path, str):
-        blob, (owner, _, name) = Path(path).resolve(), repo.partition("/")
-        expected = {blob.name} if re.fullmatch("[0-9a-f]{64}", blob.name) else set()
-        # others may give the name to a training of their own
-        if owner in (NAMESPACE, hub_namespace()) and (ZOO / name / "config.json").exists():
-            expected.add(read_config(ZOO / name)["weights_sha256"])
-        if expected - {sha256(blob)}:
-            blob.unlink(missing_ok=True)
-            Path(path).unlink(missing_ok=True)
+    if not isinstance(path, str):
+        return
+    blob, (owner, _, name) = Path(path).resolve(), repo.partition("/")
+    digest = sha256(blob)
+    if re.fullmatch("[0-9a-f]{64}", blob.name) and digest != blob.name:
+        blob.unlink(missing_ok=True)
+        Path(path).unlink(missing_ok=True)
+        raise RuntimeError(
+            f"The weights of {hub_id} are damaged: {blob} was not what its sha256 says and has been removed from the "
+            "cache. Load them again."
+        )
+    # others may give the name to a training of their own
+    is_zoos = owner == NAMESPACE or (owner == hub_namespace() and not is_own)
+    if is_zoos and not revision and (ZOO / name / "config.json").exists():
+        if digest != read_config(ZOO / name)["weights_sha256"]:
             raise RuntimeError(
-                f"The weights of {hub_id} are damaged, or others than this version of timm-iebn knows: {blob} was not "
-                "what its sha256 says and has been removed from the cache. Load them again."
+                f"The weights of {hub_id} (sha256 {digest}) are others than this version of timm-iebn knows: install "
+                f"the version that they belong to, or say which revision you want, hf-hub:{repo}@REVISION."
             )
 
 
