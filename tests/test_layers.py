@@ -250,11 +250,6 @@ def test_timm_knows_the_layers_by_name_and_by_class(name):
         assert isinstance(bare.act, nn.Identity)
 
 
-def test_pretrained_weights_without_gates_are_refused_by_name():
-    with pytest.raises(RuntimeError, match="mobilenetv3_large_100_iebn"):
-        timm.create_model("mobilenetv3_large_100", norm_layer="iebn", pretrained=True)
-
-
 @pytest.mark.parametrize("act", [nn.ReLU, nn.Hardswish, "silu", None])
 def test_the_act_form_is_the_layer_and_the_activation(act):
     x, plain = images(), layer()

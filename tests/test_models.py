@@ -259,12 +259,30 @@ def test_a_training_step_compiles_without_a_graph_break():
     torch.testing.assert_close(dict(eager.named_buffers()), dict(compiled._orig_mod.named_buffers()))
 
 
-@pytest.mark.parametrize("name", ["mobilenetv2_050_iebn", "mobilenetv1_100_iebn"])
-def test_features_at_timms_other_location(name):
-    kwargs, x = dict(features_only=True, feature_location="expansion"), images(name)
-    found, twin = build(name, **kwargs).eval(), timm.create_model(name.removesuffix("_iebn"), **kwargs)
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        *((name, dict(feature_location="expansion")) for name in ("mobilenetv1_100_iebn", "mobilenetv2_050_iebn")),
+        *((name, dict(output_stride=16)) for name in FAMILIES if "mobilenet" in name and "cifar" not in name),
+    ],
+    ids=str,
+)
+def test_features_that_timm_takes_inside_of_mobilenets(name, kwargs):
+    whole, x = timm.create_model(name), images(name)
+    kwargs = kwargs | dict(features_only=True)
+    twin = timm.create_model(name.removesuffix("_iebn"), **kwargs)
+    weights = dict(pretrained=True, pretrained_cfg_overlay=dict(state_dict=whole.state_dict()))
+    found = timm.create_model(name, **kwargs, **weights).eval()
     assert [f.shape for f in found(x)] == [f.shape for f in twin(x)]
+    assert found.feature_info.reduction() == twin.feature_info.reduction()
     assert any(isinstance(m, IEBN2d) for m in found.modules())
+    torch.testing.assert_close(found.conv_stem.weight, whole.conv_stem.weight, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["resnet20_cifar_iebn", "preresnet164_cifar_iebn"])
+def test_strides_of_dilated_features_are_true(name):
+    levels = timm.create_model(name, features_only=True, output_stride=8).eval()
+    assert levels.feature_info.reduction() == [32 // f.shape[-1] for f in levels(torch.randn(1, 3, 32, 32))]
 
 
 def test_a_network_without_a_gate_is_refused():

@@ -13,7 +13,7 @@ from ..ops.activations import activation_name, is_hooked
 
 
 def _is_off(module: nn.Module | None) -> bool:
-    return module is None or (type(module) is nn.Identity and not is_hooked(module))
+    return module is None or activation_name(module) == ""
 
 
 def _can_fuse(block: BasicBlock | Bottleneck, x: Tensor, depth: int) -> bool:

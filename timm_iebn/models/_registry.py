@@ -26,6 +26,7 @@ from timm.models import (
     split_model_name_tag,
 )
 from timm.models.efficientnet import EfficientNetFeatures
+from timm.models.mobilenetv3 import MobileNetV3Features
 from torch import Tensor, nn
 
 from ..convert import GATES, convert_bn_to_iebn, warm_start_state_dict
@@ -38,6 +39,8 @@ WARM_START = "warmstart_"  # how tags of batch-norm weights begin
 
 _DAMAGED = (SafetensorError, UnpicklingError, EOFError, KeyError)  # the last two as torch.load has them
 _LOADING_ERRORS = (OSError, EntryNotFoundError, HTTPError, RuntimeError, *_DAMAGED)
+# stages are the children of `blocks`, which the feature extractor has to open; the stem is no feature
+MOBILENET_FEATURES = dict(flatten_sequential=True)
 _MOST_CHANNELS = 4096  # a network for more would take all memory before its weights are looked at
 
 
@@ -84,10 +87,22 @@ def build_with_cfg(model_cls: Callable[..., nn.Module], variant: str, pretrained
     # timm takes a repository's weights from it, whatever else its config.json names
     is_online = cfg.source == "hf-hub" or (cfg.hf_hub_id and not cfg.file and not cfg.state_dict)
     if is_online:
-        check_download(cfg.hf_hub_id, kwargs.get("cache_dir"))
+        check_download(cfg.hf_hub_id, kwargs.get("cache_dir"), is_own=folder is not None)
     elif cfg.file:
         check_weights(_weights_of(cfg))
     return model
+
+
+def build_converted(
+    build: Callable[..., nn.Module], variant: str, pretrained: bool, feature_cfg: dict[str, Any], **kwargs: Any
+) -> nn.Module:
+    """The network that `build` makes of one of timm's by converting its norms, with weights that have gates too."""
+    kwargs = dict(pretrained_filter_fn=_add_gates) | kwargs
+    # for these, timm has classes of their own without a head, for its EfficientNets and MobileNets (with `feature_cfg`)
+    if feature_cfg and kwargs.get("features_only") and kwargs.keys() & {"feature_location", "output_stride"}:
+        features = partial(build, features_only=kwargs.pop("features_only"))
+        return build_with_cfg(features, variant, pretrained, **kwargs, pretrained_strict=False)
+    return build_with_cfg(build, variant, pretrained, **dict(feature_cfg=dict(feature_cfg)) | kwargs)
 
 
 def define_iebn_twin(module: str, twin: str, feature_cfg: dict[str, Any]) -> None:
@@ -105,11 +120,7 @@ def define_iebn_twin(module: str, twin: str, feature_cfg: dict[str, Any]) -> Non
         return fuse_blocks(model)
 
     def build(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-        kwargs = dict(pretrained_filter_fn=_add_gates) | kwargs
-        if "feature_location" in kwargs:  # timm's EfficientNets have a class of their own for it, without a head
-            features = partial(build_gated, features_only=kwargs.pop("features_only", False))
-            return build_with_cfg(features, variant, pretrained, **kwargs, pretrained_strict=False)
-        return build_with_cfg(build_gated, variant, pretrained, **dict(feature_cfg=dict(feature_cfg)) | kwargs)
+        return build_converted(build_gated, variant, pretrained, feature_cfg, **kwargs)
 
     define_model(
         module, f"{twin}_iebn", f"timm's `{twin}` with IEBN in place of batch norm, shortcuts excepted.", build
@@ -177,7 +188,7 @@ def _check_fit(state_dict: dict[str, Tensor], model: nn.Module) -> None:
         return not any(key.startswith(name) for name in head) and not key.endswith("num_batches_tracked")
 
     lacks = [key for key in own if matters(key) and key not in state_dict]
-    has_head = not isinstance(model, EfficientNetFeatures)
+    has_head = not isinstance(model, EfficientNetFeatures | MobileNetV3Features)
     unknown = [key for key in state_dict if has_head and matters(key) and key not in own]
     reshaped = [
         key

@@ -87,8 +87,8 @@ class CifarResNet(_FourTaps, ResNet):
         self.conv1 = _stem(in_chans, stem_chans, device, dtype)
         self.maxpool = nn.Identity()
         self.layer4 = nn.Sequential()  # timm's forward names four stages
-        for info, reduction in zip(self.feature_info, (1, 1, 2, 4), strict=True):
-            info["reduction"] = reduction
+        for info in self.feature_info:
+            info["reduction"] = max(1, info["reduction"] // 4)
 
 
 class CifarResNetV2(_FourTaps, ResNetV2):
@@ -111,8 +111,8 @@ class CifarResNetV2(_FourTaps, ResNetV2):
         self.stem_feat_idx = 0
         if se:
             _add_se(self, "conv2" if kwargs.get("basic") else "conv3")
-        for info, reduction in zip(self.feature_info, (1, 1, 2, 4), strict=True):
-            info["reduction"] = reduction
+        for info in self.feature_info:
+            info["reduction"] = max(1, info["reduction"] // 4)
 
 
 class CifarDenseNet(DenseNet):

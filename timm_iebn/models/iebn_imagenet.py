@@ -8,7 +8,7 @@ from typing import Any
 from timm.models import generate_default_cfgs
 
 from ..zoo import zoo_cfgs
-from ._registry import define_iebn_twin, warm_start_cfgs
+from ._registry import MOBILENET_FEATURES, define_iebn_twin, warm_start_cfgs
 
 # timm's network -> the tag of the weights to start from: of those under a free licence, the best in timm's
 # results/results-imagenet.csv at the input size of their own cfg.
@@ -52,5 +52,4 @@ default_cfgs = generate_default_cfgs(
 for _twin in _RESNETS:
     define_iebn_twin(__name__, _twin, feature_cfg={})
 for _twin in _MOBILENETS:
-    # stages are the children of `blocks`, which the feature extractor has to open; the stem is no feature
-    define_iebn_twin(__name__, _twin, feature_cfg=dict(flatten_sequential=True))
+    define_iebn_twin(__name__, _twin, feature_cfg=MOBILENET_FEATURES)
