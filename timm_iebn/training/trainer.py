@@ -236,15 +236,16 @@ class Trainer:
             try:
                 with self.display.progress:
                     self._run_epochs()
+                if accelerator.is_main_process:
+                    self._finish()
             except (RecipeError, WriteError) as e:  # an image that can't be read, met late; a log that can't be written
                 raise TrainingError(f"{e}; {self._left()}") from e
             except RuntimeError as e:
                 if not is_worker_death(e):
                     raise
                 raise TrainingError(f"a worker that loads images has died ({shorten(e)}); {self._left()}") from e
-            if accelerator.is_main_process:
-                self._finish()
-            self.workload.release()
+            finally:
+                self.workload.release()
             accelerator.end_training()
         return self.rows[-1]
 
