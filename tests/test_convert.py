@@ -172,6 +172,15 @@ def test_what_has_no_iebn_form_is_named():
     assert isinstance(convert_bn_to_iebn(nn.Sequential(nn.BatchNorm1d(2)))[0], nn.BatchNorm1d)
 
 
+@pytest.mark.parametrize("convert", [convert_bn_to_iebn, convert_sync_batchnorm])
+def test_what_is_refused_is_not_half_converted(convert):
+    net = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm1d(3), LoudBatchNorm(3))
+    with pytest.raises(TypeError, match="2 is a LoudBatchNorm"):
+        convert(net)
+    assert [type(m) for m in net] == [nn.BatchNorm2d, nn.BatchNorm1d, LoudBatchNorm]
+    assert (net[0].weight == 1).all()
+
+
 @pytest.mark.parametrize("kind", [nn.BatchNorm2d, BatchNormAct2d])
 def test_a_frozen_batch_norm_is_not_left_out_silently(kind):
     with pytest.raises(TypeError, match="0 is a FrozenBatchNorm.*leave="):

@@ -96,3 +96,11 @@ def test_blocks_fuse_the_addition_and_do_not_where_someone_looks(monkeypatch):
         net.layer1[0].bn1.forward = net.layer1[0].bn1.forward  # as accelerate puts weights in place
         net(x)
     assert (seen.count((False, "relu")), seen.count((True, "relu")), len(seen)) == (8, 8, 19)
+
+
+def test_a_norm_with_an_activation_does_not_fuse_where_someone_looks_between():
+    norm, x, calls = timm_iebn.IEBNAct2d(4).to(DEVICE), torch.randn(2, 4, 5, 5, device=DEVICE), []
+    norm.drop.register_forward_hook(lambda *_: calls.append(1))
+    with backend("triton"):
+        norm(x)
+    assert calls

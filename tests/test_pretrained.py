@@ -9,8 +9,10 @@ import torch
 from conftest import randomize
 from pretrained import TWINS, WEIGHTS, assert_explains, assert_same, batch_norm_weights, failure, outputs
 from safetensors.torch import save, save_file
+from timm.models import save_for_hf
 
-from timm_iebn import IEBN2d
+from timm_iebn import IEBN2d, convert_bn_to_iebn, convert_iebn_to_bn
+from timm_iebn.convert import SHORTCUTS
 
 
 @pytest.fixture
@@ -39,6 +41,34 @@ def test_trained_gates_load_untouched(file, folder, source):
         loaded = timm.create_model(folder(model, model.state_dict()), pretrained=True)
     assert any(m.gate_weight.any() for m in loaded.modules() if isinstance(m, IEBN2d))
     torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "mobilenetv4_conv_small_050", "mobilenetv2_050", "resnet18"])
+def test_what_timm_builds_with_the_layers_name_is_loaded_again_and_no_weights_without_gates(tmp_path, file, name):
+    model = randomize(timm.create_model(name, norm_layer="iebn", num_classes=3)).eval()
+    save_for_hf(model, tmp_path / "folder", safe_serialization=True)
+    loaded = timm.create_model(f"local-dir:{tmp_path}/folder", pretrained=True).eval()
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.equal(loaded(x), model(x))
+    plain = file(timm.create_model(name).state_dict())
+    with pytest.raises(RuntimeError, match="gates?"):
+        timm.create_model(name, norm_layer="iebn", pretrained=True, **plain)
+
+
+def test_a_converted_network_is_not_loaded_without_its_gates(tmp_path):
+    kwargs = [{}, dict(features_only=True), dict(num_classes=4)]  # timm loads the last two non-strictly
+    for name, leave in (("regnetx_002", SHORTCUTS), ("resnet18", ())):
+        save_for_hf(convert_bn_to_iebn(timm.create_model(name), leave=leave), tmp_path / name, safe_serialization=True)
+        for changes in kwargs:
+            with pytest.raises(RuntimeError, match=f"{name}_iebn"):
+                timm.create_model(f"local-dir:{tmp_path}/{name}", pretrained=True, **changes)
+    model = convert_bn_to_iebn(timm.create_model("resnet18")).eval()
+    save_for_hf(model, tmp_path / "twin", safe_serialization=True)
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.equal(timm.create_model(f"local-dir:{tmp_path}/twin", pretrained=True).eval()(x), model(x))
+    back = convert_iebn_to_bn(model)
+    save_for_hf(back, tmp_path / "back", safe_serialization=True)
+    assert torch.equal(timm.create_model(f"local-dir:{tmp_path}/back", pretrained=True).eval()(x), back(x))
 
 
 CHANGES = [{}, dict(num_classes=10), dict(features_only=True)]  # timm loads the last two non-strictly

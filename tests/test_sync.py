@@ -28,6 +28,9 @@ def test_a_synchronised_norm_stays_synchronised():
 def test_norms_of_other_dimensions_are_synchronised_by_torchs_layer():
     net = convert_sync_batchnorm(nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm2d(3), nn.BatchNorm3d(3)))
     assert [type(m) for m in net] == [nn.SyncBatchNorm, SyncBatchNorm2d, nn.SyncBatchNorm]
+    frozen = freeze_batch_norm_2d(net).eval()  # as freezing leaves those of other dimensions, synchronised or not
+    assert frozen[0](torch.randn(4, 3)).shape == (4, 3) and frozen[2](torch.randn(4, 3, 2, 2, 2)).dim() == 5
+    assert not frozen[1].training and not [*frozen[1].parameters()]
 
 
 SYNCED = ["resnet20_cifar_iebn", "mobilenetv2_cifar", "mobilenetv2_cifar_iebn"]
@@ -93,3 +96,28 @@ def test_a_synchronised_network_works_alone():
     torch.testing.assert_close(net(x), alone(x))
     torch.testing.assert_close(net.eval()(x), alone.eval()(x))
     assert net.state_dict().keys() == alone.state_dict().keys()
+
+
+def test_in_a_group_of_one_it_is_batch_norm_too(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        norm, plain, x = convert_sync_batchnorm(nn.BatchNorm2d(3)), nn.BatchNorm2d(3), torch.randn(4, 3, 2, 2)
+        assert torch.equal(norm(x), plain(x)) and torch.equal(norm.running_var, plain.running_var)
+        with pytest.raises(ValueError, match="more than 1 value per channel"):
+            norm(x[:1, :, :1, :1])
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated", "ignore:.*not supported in Python 3.14")
+@pytest.mark.parametrize("name", ["resnet20_cifar_iebn", "mobilenetv2_cifar"])
+def test_a_synchronised_network_scripts_in_eval_and_traces(name):
+    net = convert_sync_batchnorm(randomize(timm.create_model(name)))
+    x, traced = torch.randn(2, 3, 32, 32), torch.fx.symbolic_trace(nn.Sequential(*list(net.children())[:2]))
+    assert {type(traced.get_submodule(n.target)) for n in traced.graph.nodes if n.op == "call_module"} >= {
+        type(net.bn1)
+    }
+    if not norms(net):
+        with pytest.raises(RuntimeError, match="in eval it scripts"):
+            torch.jit.script(net)
+    torch.testing.assert_close(torch.jit.script(net.eval())(x), net(x), rtol=1e-4, atol=1e-4)

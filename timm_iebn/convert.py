@@ -51,6 +51,13 @@ def _replace(module: nn.Module, swap: Callable[[str, nn.Module], nn.Module | Non
     return visit("", module)
 
 
+def _rename(model: nn.Module, rename: Callable[[str], str]) -> None:
+    """Has the cfg of a network of timm's name the architecture that it is of now."""
+    cfg = getattr(model, "pretrained_cfg", None)
+    if isinstance(cfg, dict) and cfg.get("architecture"):
+        model.pretrained_cfg = model.default_cfg = cfg | dict(architecture=rename(cfg["architecture"]))
+
+
 def _set_tensors(target: nn.Module, source: nn.Module) -> None:
     """Moves the parameters and buffers that both norms have, their mode and hooks, from `source` to `target`."""
     for kind in ("_parameters", "_buffers"):
@@ -77,10 +84,14 @@ def convert_bn_to_iebn(
             layer. By default those of the shortcuts, as in the authors' networks, where they have the names of
             `SHORTCUTS`; say it for blocks that call them otherwise.
 
+    A network of timm's is called NAME_iebn in its `pretrained_cfg` from then on, so that what `timm.models.save_for_hf`
+    makes of it isn't loaded as NAME, without gates. Where NAME_iebn is registered and has the same norms, it is loaded
+    as that; otherwise it is refused: build and convert the network again, and load the state dict into that.
+
     Raises:
         ValueError: a pattern of one's own matches nothing.
         TypeError: a batch norm of a kind that has no IEBN form (frozen, 3-d or a class of its own, for example) is
-            not left out.
+            not left out, or has no weight to start from. In either case nothing has been changed.
     """
     if callable(leave):
         left_out = leave
@@ -94,17 +105,22 @@ def convert_bn_to_iebn(
         def left_out(name: str, _: nn.Module) -> bool:
             return any(fnmatch(name, pattern) for pattern in patterns)
 
-    scaled: set[Tensor] = set()  # two norms may share a weight
-
-    def swap(name: str, norm: nn.Module) -> nn.Module | None:
-        if isinstance(norm, IEBN2d):
-            return norm
+    def is_wanted(name: str, norm: nn.Module) -> bool:
         is_norm = isinstance(norm, _BatchNorm | FrozenBatchNorm2d | FrozenBatchNormAct2d)
-        if not is_norm or isinstance(norm, nn.BatchNorm1d) or left_out(name, norm):
-            return None
-        synced = isinstance(norm, nn.SyncBatchNorm | SyncBatchNorm2d | SyncBatchNormAct2d)
+        if not is_norm or isinstance(norm, IEBN2d | nn.BatchNorm1d) or left_out(name, norm):
+            return False
         if type(norm) not in _PLAIN:
             raise TypeError(f"{name or 'module'} is a {type(norm).__name__}, which has no IEBN form: pass leave=")
+        if warm_start and norm.weight is None:
+            raise TypeError(f"{name or 'module'} has no weight to warm start from: pass warm_start=False or leave=")
+        return True
+
+    wanted = {norm for name, norm in module.named_modules() if is_wanted(name, norm)}
+    scaled: set[Tensor] = set()  # two norms may share a weight
+
+    def swap(_: str, norm: nn.Module) -> nn.Module | None:
+        if norm not in wanted:
+            return None
         kind = IEBNAct2d if hasattr(norm, "act") else IEBN2d
         tensors = chain((norm.weight, norm.running_mean), module.parameters())
         like = next((t for t in tensors if t is not None), torch.empty(0))
@@ -118,18 +134,18 @@ def convert_bn_to_iebn(
             dtype=like.dtype,
         )
         _set_tensors(iebn, norm)
-        if synced:
+        if isinstance(norm, nn.SyncBatchNorm | SyncBatchNorm2d | SyncBatchNormAct2d):
             iebn.sync, iebn.process_group = True, norm.process_group
-        if warm_start:
-            if iebn.weight is None:
-                raise TypeError(f"{name or 'module'} has no weight to warm start from: pass warm_start=False or leave=")
-            if iebn.weight not in scaled:
-                scaled.add(iebn.weight)
-                with torch.no_grad():
-                    iebn.weight.div_(NEUTRAL_GATE)
+        if warm_start and iebn.weight not in scaled:
+            scaled.add(iebn.weight)
+            with torch.no_grad():
+                iebn.weight.div_(NEUTRAL_GATE)
         return iebn
 
-    return _replace(module, swap)
+    converted = _replace(module, swap)
+    if wanted:
+        _rename(converted, lambda name: f"{name.removesuffix('_iebn')}_iebn")
+    return converted
 
 
 def convert_iebn_to_bn(module: nn.Module) -> nn.Module:
@@ -183,7 +199,9 @@ def convert_iebn_to_bn(module: nn.Module) -> nn.Module:
             return timm.layers.freeze_batch_norm_2d(bn)
         return convert_sync_batchnorm(bn, norm.process_group) if norm.sync else bn
 
-    return _replace(module, swap)
+    converted = _replace(module, swap)
+    _rename(converted, lambda name: name.removesuffix("_iebn"))
+    return converted
 
 
 def convert_sync_batchnorm(module: nn.Module, process_group: dist.ProcessGroup | None = None) -> nn.Module:
@@ -194,18 +212,22 @@ def convert_sync_batchnorm(module: nn.Module, process_group: dist.ProcessGroup |
     become torch's `SyncBatchNorm`.
 
     Raises:
-        TypeError: a 2-d batch norm of a class of its own, which would be lost.
+        TypeError: a 2-d batch norm of a class of its own, which would be lost. Nothing has been changed then.
     """
+    for name, norm in module.named_modules():
+        if isinstance(norm, nn.BatchNorm2d) and type(norm) not in _PLAIN and not isinstance(norm, IEBN2d):
+            raise TypeError(f"{name or 'module'} is a {type(norm).__name__}, which has no synchronised form")
 
-    def swap(name: str, norm: nn.Module) -> nn.Module | None:
+    def swap(_: str, norm: nn.Module) -> nn.Module | None:
         if isinstance(norm, IEBN2d):
             norm.sync, norm.process_group = True, process_group
             return norm
         if not isinstance(norm, nn.BatchNorm2d):
-            is_other = isinstance(norm, nn.BatchNorm1d | nn.BatchNorm3d)
-            return nn.SyncBatchNorm.convert_sync_batchnorm(norm, process_group) if is_other else None
-        if type(norm) not in _PLAIN:
-            raise TypeError(f"{name or 'module'} is a {type(norm).__name__}, which has no synchronised form")
+            if not isinstance(norm, nn.BatchNorm1d | nn.BatchNorm3d):
+                return None
+            synced = nn.SyncBatchNorm.convert_sync_batchnorm(norm, process_group)
+            synced.is_2d = False  # which its class does not say, and freezing asks
+            return synced
         kind = SyncBatchNormAct2d if isinstance(norm, BatchNormAct2d) else SyncBatchNorm2d
         synced = kind(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
         _set_tensors(synced, norm)
@@ -232,7 +254,9 @@ def freeze_batch_norm_2d(module: nn.Module) -> nn.Module:
         if isinstance(norm, IEBN2d):
             norm.frozen, norm.sync, norm.process_group = True, False, None
             return _set_requires_grad(norm, False)
-        return timm.layers.freeze_batch_norm_2d(norm).train(norm.training) if isinstance(norm, _BatchNorm) else None
+        if not isinstance(norm, _BatchNorm) or not getattr(norm, "is_2d", True):
+            return None
+        return timm.layers.freeze_batch_norm_2d(norm).train(norm.training)
 
     return _replace(module, swap)
 

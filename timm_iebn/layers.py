@@ -240,14 +240,14 @@ class IEBNAct2d(IEBN2d):
             if _is_symbolic(self, x):
                 return _as_node(self, x)
             act = activation_name(self.act)
-            if act and type(self.drop) is nn.Identity and isinstance(x, Tensor) and uses_triton(x):
+            if act and activation_name(self.drop) == "" and isinstance(x, Tensor) and uses_triton(x):
                 return self.normalize(x, act=act)
         return self.act(self.drop(self.normalize(x)))
 
 
 def sync_batch_norm(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
     """Batch norm over all ranks of `norm.process_group`: torch's on CUDA, elsewhere IEBN's kernel with open gates."""
-    if not norm.training or not dist.is_initialized():
+    if not norm.training or not dist.is_initialized() or dist.get_world_size(norm.process_group) == 1:
         return nn.BatchNorm2d.forward(norm, x)
     if x.is_cuda:
         return nn.SyncBatchNorm.forward(norm, x)
@@ -268,6 +268,16 @@ def sync_batch_norm(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
     )
 
 
+def _as_plain(norm: nn.BatchNorm2d, kind: type[nn.BatchNorm2d]) -> nn.BatchNorm2d:
+    """`norm` with its tensors as one of `kind`, which TorchScript can compile."""
+    if norm.training:
+        raise RuntimeError("scripted batch norm can't be synchronised: train it unscripted, in eval it scripts")
+    plain = kind.__new__(kind)
+    plain.__dict__ = {key: value for key, value in vars(norm).items() if key != "process_group"}
+    return plain
+
+
+@register_notrace_module
 class SyncBatchNorm2d(nn.BatchNorm2d):
     """Synchronised batch norm that works on CPU too.
 
@@ -279,9 +289,13 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to (N, C, H, W), in the dtype and layout of `x`."""
-        return sync_batch_norm(self, x)
+        return _as_node(self, x) if _is_symbolic(self, x) else sync_batch_norm(self, x)
+
+    def __prepare_scriptable__(self) -> nn.BatchNorm2d:
+        return _as_plain(self, nn.BatchNorm2d)
 
 
+@register_notrace_module
 class SyncBatchNormAct2d(BatchNormAct2d):
     """`SyncBatchNorm2d` with dropout and activation."""
 
@@ -290,7 +304,10 @@ class SyncBatchNormAct2d(BatchNormAct2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to (N, C, H, W), in the dtype and layout of `x`."""
-        return self.act(self.drop(sync_batch_norm(self, x)))
+        return _as_node(self, x) if _is_symbolic(self, x) else self.act(self.drop(sync_batch_norm(self, x)))
+
+    def __prepare_scriptable__(self) -> BatchNormAct2d:
+        return _as_plain(self, BatchNormAct2d)
 
 
 def _register_with_timm() -> None:
