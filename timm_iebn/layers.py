@@ -268,13 +268,17 @@ def sync_batch_norm(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
     )
 
 
-def _as_plain(norm: nn.BatchNorm2d, kind: type[nn.BatchNorm2d]) -> nn.BatchNorm2d:
-    """`norm` with its tensors as one of `kind`, which TorchScript can compile."""
+def as_plain(module: nn.Module, plain_class: type[nn.Module]) -> nn.Module:
+    """`module` with its modules and parameters as one of `plain_class`, which TorchScript can compile."""
+    plain = plain_class.__new__(plain_class)
+    plain.__dict__ = dict(module.__dict__)
+    return plain
+
+
+def _as_unsynchronised(norm: nn.BatchNorm2d, plain_class: type[nn.BatchNorm2d]) -> nn.BatchNorm2d:
     if norm.training:
         raise RuntimeError("scripted batch norm can't be synchronised: train it unscripted, in eval it scripts")
-    plain = kind.__new__(kind)
-    plain.__dict__ = {key: value for key, value in vars(norm).items() if key != "process_group"}
-    return plain
+    return as_plain(norm, plain_class)
 
 
 @register_notrace_module
@@ -292,7 +296,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         return _as_node(self, x) if _is_symbolic(self, x) else sync_batch_norm(self, x)
 
     def __prepare_scriptable__(self) -> nn.BatchNorm2d:
-        return _as_plain(self, nn.BatchNorm2d)
+        return _as_unsynchronised(self, nn.BatchNorm2d)
 
 
 @register_notrace_module
@@ -307,7 +311,7 @@ class SyncBatchNormAct2d(BatchNormAct2d):
         return _as_node(self, x) if _is_symbolic(self, x) else self.act(self.drop(sync_batch_norm(self, x)))
 
     def __prepare_scriptable__(self) -> BatchNormAct2d:
-        return _as_plain(self, BatchNormAct2d)
+        return _as_unsynchronised(self, BatchNormAct2d)
 
 
 def _register_with_timm() -> None:

@@ -66,10 +66,10 @@ class Study:
     @property
     def runs(self) -> list[Run]:
         """All runs, in an order that completes comparisons early."""
-        runs = []
+        runs, changed = [], parse_overrides(self.changes).keys()
         for seed, row, network in product(self.seeds, self.rows, self.networks):
             own = self.overrides(row, network) | dict(seed=seed)
-            if both := parse_overrides(self.changes).keys() & own.keys():
+            if both := changed & own.keys():
                 raise ValueError(f"{self.title!r} sets {', '.join(sorted(both))} for each run: that can't be changed")
             name = re.sub(r"[^\w.]+", "_", f"{row}.{network}.seed{seed}")
             overrides = [*self.changes, *(f"{k}={json.dumps(v)}" for k, v in own.items())]

@@ -96,14 +96,15 @@ def report(results: Results) -> str:
         cells = {study.columns[first]: (change, first), "kept of it, %": (share, first)}
         changes = _table(study, others, cells, "against {}'s")
         tables += f"\n\nWhat has changed from {study.control}, with the same norm:\n\n{changes}"
-    made, changes = sum(map(len, results.logs.values())), ", ".join(study.changes)
+    made = sum(map(len, results.logs.values()))
+    changed = f"\nHere the recipe is changed: {', '.join(study.changes)}.\n" if study.changes else ""
     rest = f" The rest:\n\n    {study.command}" if made < len(study.runs) else ""
     return f"""\
 <!-- written by scripts/study.py -->
 # {study.title}
 
 {study.text.strip()}
-{f"{chr(10)}Here the recipe is changed: {changes}.{chr(10)}" if changes else ""}
+{changed}
 Figures are those of the last epoch: mean and standard deviation over seeds; differences are those of runs of one seed,
 with their 95 % confidence interval. {made} of {len(study.runs)} runs are made; each one's recipe, log and versions
 are in `runs/`.{rest}

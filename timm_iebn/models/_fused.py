@@ -7,7 +7,7 @@ import torch
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
-from ..layers import IEBN2d
+from ..layers import IEBN2d, as_plain
 from ..ops import uses_triton
 from ..ops.activations import activation_name, is_hooked
 
@@ -42,7 +42,7 @@ class FusedBasicBlock(BasicBlock):
         return self.bn2.normalize(self.conv2(x), shortcut, activation_name(self.act2))
 
     def __prepare_scriptable__(self) -> BasicBlock:
-        return _timms(self, BasicBlock)
+        return as_plain(self, BasicBlock)
 
 
 class FusedBottleneck(Bottleneck):
@@ -58,14 +58,7 @@ class FusedBottleneck(Bottleneck):
         return self.bn3.normalize(self.conv3(x), shortcut, activation_name(self.act3))
 
     def __prepare_scriptable__(self) -> Bottleneck:
-        return _timms(self, Bottleneck)
-
-
-def _timms(block: nn.Module, block_class: type[nn.Module]) -> nn.Module:
-    """`block` with its modules and parameters as one of timm's, which TorchScript can compile."""
-    plain = block_class.__new__(block_class)
-    plain.__dict__ = dict(block.__dict__)
-    return plain
+        return as_plain(self, Bottleneck)
 
 
 _FUSED = {BasicBlock: FusedBasicBlock, Bottleneck: FusedBottleneck}
