@@ -198,6 +198,12 @@ def test_gradient_checkpointing_that_a_network_lacks_is_named(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+def test_gates_that_a_network_lacks_can_not_be_frozen(tmp_path):
+    result = run("model=resnet20_cifar", "freeze_gates=true", cwd=tmp_path)
+    assert result.returncode == 2 and "freeze_gates: 'resnet20_cifar' has no IEBN" in result.stderr
+    assert not any(tmp_path.iterdir())
+
+
 def test_accelerates_environment_does_not_change_the_recipe(tmp_path):
     environment = ENVIRONMENT | dict(ACCELERATE_GRADIENT_ACCUMULATION_STEPS="2")
     result = run("grad_accumulation=4", cwd=tmp_path, env=environment)

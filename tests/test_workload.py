@@ -39,6 +39,16 @@ def test_weight_decay_is_on_norms_biases_and_gates_if_the_recipe_says_so(decay_n
         assert (group["lr"], group["momentum"], group["nesterov"]) == (0.3, 0.7, False)
 
 
+@pytest.mark.parametrize("start", [{}, dict(neutral_gates=True)], ids=["authors", "neutral"])
+def test_frozen_gates_stay_as_they_start_and_everything_else_is_trained(tmp_path, start):
+    asked = Recipe(model="resnet20_cifar_iebn", data="digits", batch_size=700, model_args=start, freeze_gates=True)
+    trainer = Trainer(asked, tmp_path / "out")
+    before = {name: p.detach().clone() for name, p in trainer.workload.net.named_parameters()}
+    trainer.train_epoch()
+    kept = {name for name, p in trainer.workload.net.named_parameters() if torch.equal(p, before[name])}
+    assert kept == {name for name in before if name.endswith(("gate_weight", "gate_bias"))} != set()
+
+
 def rates(**asked):
     """The learning rate of each update, ten an epoch."""
     asked = Recipe(model="m", data="digits", lr=0.5, **asked)

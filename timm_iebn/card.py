@@ -13,7 +13,7 @@ from timm.models import get_arch_pretrained_cfgs
 from .convert import GATES
 from .models._registry import WARM_START
 from .recipe import load_recipe
-from .results import BATCH_NORM, IEBN, NEUTRAL_IEBN, SE, Comparison, compare, count, norm_of
+from .results import BATCH_NORM, FROZEN_IEBN, IEBN, NEUTRAL_IEBN, SE, Comparison, compare, count, norm_of
 from .zoo import NAMESPACE, ZOO, hub_id, read_config
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -30,11 +30,13 @@ _TWIN = (
     "with."
 )
 _NEUTRAL = f"{_IEBN} Here all gates started neutral, so that training started from batch norm's function."
+_FROZEN = f"{_IEBN} Here no gate was trained: a control, which shows what their start alone does."
 _ABOUT = {
     BATCH_NORM: _TWIN.format("batch-norm"),
     IEBN: _IEBN,
     SE: _TWIN.format("squeeze-and-excitation"),
     NEUTRAL_IEBN: _NEUTRAL,
+    FROZEN_IEBN: _FROZEN,
 }
 
 _CITATION = """\

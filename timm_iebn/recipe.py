@@ -97,6 +97,7 @@ class Recipe:
     compile_mode: str = "default"  # torch.compile's; with reduce-overhead, CUDA graphs spare small networks the host
     grad_checkpointing: bool = False  # runs layers twice, and so moves running statistics by twice their momentum
     sync_norms: bool = True  # with several processes
+    freeze_gates: bool = False  # IEBN's gates stay as they start: a control, for what the start alone does
     # the attacks on training, see training/attacks.py: normalised features x become x * noise_scale + noise_offset,
     # evaluated with the noise kept too; of the training split of mix_data, named as `data`, mix_images join each
     # batch's statistics, not its loss

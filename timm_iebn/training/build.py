@@ -12,6 +12,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
+from ..convert import GATES
 from ..messages import describe
 from ..recipe import Recipe, RecipeError
 
@@ -35,7 +36,7 @@ def create_model(recipe: Recipe, num_classes: int, in_chans: int) -> nn.Module:
     """The network of the recipe.
 
     Raises:
-        RecipeError: timm has no such model, or it does not take the arguments or has no gradient checkpointing.
+        RecipeError: timm has no such model, or it does not take the arguments, or it lacks what the recipe asks of it.
     """
     try:
         net = timm.create_model(
@@ -49,6 +50,12 @@ def create_model(recipe: Recipe, num_classes: int, in_chans: int) -> nn.Module:
             net.set_grad_checkpointing()
         except (AssertionError, AttributeError) as e:
             raise RecipeError(f"grad_checkpointing: {recipe.model!r} has none") from e
+    if recipe.freeze_gates:
+        gates = [parameter for name, parameter in net.named_parameters() if name.endswith(GATES)]
+        if not gates:
+            raise RecipeError(f"freeze_gates: {recipe.model!r} has no IEBN, and so no gates")
+        for gate in gates:
+            gate.requires_grad_(False)
     return net
 
 
