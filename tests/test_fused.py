@@ -75,7 +75,7 @@ def _assert_same_fused(block, act_layer, **kwargs):
 
 
 def test_blocks_fuse_the_addition_and_do_not_where_someone_looks(monkeypatch):
-    net = timm.create_model("resnet20_cifar_iebn").to(DEVICE).eval()
+    net = timm.create_model("resnet20_cifar_iebn", depth=1).to(DEVICE).eval()
     seen, real = [], triton.normalize
 
     def normalize(*args, residual=None, act=""):
@@ -86,16 +86,16 @@ def test_blocks_fuse_the_addition_and_do_not_where_someone_looks(monkeypatch):
     x = torch.randn(2, 3, 32, 32, device=DEVICE)
     with backend("triton"), torch.no_grad():
         net(x)
-        assert (seen.count((False, "relu")), seen.count((True, "relu")), len(seen)) == (9, 9, 19)
+        assert (seen.count((False, "relu")), seen.count((True, "relu")), len(seen)) == (3, 3, 7)
         seen.clear()
         hook = net.layer1[0].bn2.register_full_backward_pre_hook(lambda *_: None)
         net(x)
-        assert (seen.count((False, "relu")), seen.count((True, "relu")), len(seen)) == (8, 8, 19)
+        assert (seen.count((False, "relu")), seen.count((True, "relu")), len(seen)) == (2, 2, 7)
         hook.remove()
         seen.clear()
         net.layer1[0].bn1.forward = net.layer1[0].bn1.forward  # as accelerate puts weights in place
         net(x)
-    assert (seen.count((False, "relu")), seen.count((True, "relu")), len(seen)) == (8, 8, 19)
+    assert (seen.count((False, "relu")), seen.count((True, "relu")), len(seen)) == (2, 2, 7)
 
 
 def test_a_norm_with_an_activation_does_not_fuse_where_someone_looks_between():

@@ -50,10 +50,10 @@ def hub():
 
 @pytest.fixture(scope="module")
 def environment(clone, hub, tmp_path_factory):
-    """Little data in the form of CIFAR-100, a Hub on loopback, and nothing of the user's."""
+    """Little data in the form of CIFAR-100, of smaller images, a Hub on loopback, and nothing of the user's."""
     data = tmp_path_factory.mktemp("data")
     for split, count in (("train", 128), ("test", 10)):
-        pixels = np.random.default_rng().integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+        pixels = np.random.default_rng().integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
         hub_split(data, split, pixels, [i % 100 for i in range(count)], [str(i) for i in range(100)])
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     cleared = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING", "TIMM_IEBN"))}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import write_config
+from training import SMALL
 
 from timm_iebn.recipe import Recipe, load_recipe
 from timm_iebn.results import compare, paired_difference, plot_results, results_table, short_table
@@ -148,8 +149,9 @@ def test_what_is_wrong_with_the_zoo_is_said_in_a_line(tmp_path):
     assert "misnamed is left out" in check().stderr and "misnamed" not in check().stdout
     with open(run / "model.safetensors", "r+b") as file:
         file.truncate(1000)
-    assert "model.safetensors is damaged" in check().stderr
-    assert result.returncode == 1 and "Traceback" not in result.stderr + check().stderr
+    damaged = check()
+    assert "model.safetensors is damaged" in damaged.stderr
+    assert result.returncode == 1 and "Traceback" not in result.stderr + damaged.stderr
 
 
 def test_one_command_starts_or_continues_the_whole_list(tmp_path):
@@ -159,7 +161,7 @@ def test_one_command_starts_or_continues_the_whole_list(tmp_path):
     )
     environment |= dict(OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true")
     command = [ROOT / "scripts" / "reproduce.sh", "data=digits", "data_config={}", "epochs=1"]
-    command += ["milestones=[]"]
+    command += ["milestones=[]", SMALL]
     for _ in range(2):
         result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
         assert result.returncode == 0, result.stdout + result.stderr

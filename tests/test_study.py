@@ -14,7 +14,15 @@ from timm_iebn.study_report import read_results
 from timm_iebn.study_report import report as report_on
 
 STUDIES = sorted(Path(__file__).parents[1].glob("zoo/studies/*/study.yaml"))
-RECIPE = "model: resnet20_cifar\ndata: digits\nepochs: 1\nmilestones: []\nbatch_size: 700\nlr: 0.01\n"
+RECIPE = """\
+model: resnet20_cifar
+model_args: {depth: 1}
+data: digits
+epochs: 1
+milestones: []
+batch_size: 700
+lr: 0.01
+"""
 STUDY = dict(
     title="A trial",
     text="Does it work?",
