@@ -21,7 +21,7 @@ from torch.optim.swa_utils import update_bn
 
 import timm_iebn  # noqa: F401  registers the models
 from timm_iebn.environment import environment
-from timm_iebn.gates import collect_gates, freeze_gates, plot_gates, summary
+from timm_iebn.gates import collect_gates, freeze_gates_at_mean, plot_gates, summary
 from timm_iebn.layers import NEUTRAL_GATE
 from timm_iebn.recipe import RecipeError, load_recipe
 from timm_iebn.training.data import add_data_dir, open_part
@@ -55,7 +55,7 @@ def main() -> int:
     name = Path(args.model).name
     rows = summary(gates, test_labels)
     plot_gates(rows, gates, test_labels, f"{args.output}.png", name)
-    networks = model, freeze_gates(copy.deepcopy(model), train_gates)
+    networks = model, freeze_gates_at_mean(copy.deepcopy(model), train_gates)
     as_trained = [f"{evaluate(network, batches)['test_top1']:.2f}" for network in networks]
     for network in networks:
         update_bn(train_batches, network)

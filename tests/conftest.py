@@ -44,7 +44,7 @@ def fresh_seed(request):
 def uninterrupted(tmp_path_factory):
     """The model folder of a run that nothing stopped."""
     folder = tmp_path_factory.mktemp("whole") / "out"
-    result = run("--output", folder, *RICH, cwd=folder.parent)
+    result = run("--output", folder, *RICH, cwd=folder.parent, fork=False)  # or order in sets would be that of others
     assert result.returncode == 0, result.stderr
     return folder
 

@@ -9,7 +9,7 @@ from conftest import randomize
 from training import run
 
 import timm_iebn
-from timm_iebn.gates import collect_gates, freeze_gates, summary
+from timm_iebn.gates import collect_gates, freeze_gates_at_mean, summary
 from timm_iebn.layers import NEUTRAL_GATE
 from timm_iebn.run_log import read_log
 
@@ -34,7 +34,7 @@ def test_gates_are_those_that_the_layers_use():
 def test_a_network_with_frozen_gates_is_a_batch_norm_network():
     net, batches = trained()
     gates, _ = collect_gates(net, batches)
-    freeze_gates(net, gates)
+    freeze_gates_at_mean(net, gates)
     for layer, of_each in collect_gates(net, batches)[0].items():
         torch.testing.assert_close(of_each, gates[layer].mean(0).expand_as(of_each))
     images, expected = batches[0][0], net(batches[0][0])
@@ -53,7 +53,7 @@ def test_the_summary_tells_images_and_classes_apart():
 
 
 def test_the_script_shows_what_gates_are_worth(tmp_path, uninterrupted):
-    result = run(uninterrupted, "--output", tmp_path / "found", cwd=tmp_path, script="gates.py")
+    result = run(uninterrupted, "--output", tmp_path / "found", cwd=tmp_path, script="gates.py", fork=False)
     assert result.returncode == 0, result.stderr
     assert "those of 1400 training images" in result.stdout  # in batches of 200, as it was trained
     assert "Every gate frozen at its mean" in result.stdout and "| layer3.0.bn2 |" in result.stdout

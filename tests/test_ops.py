@@ -138,6 +138,17 @@ def test_a_graph_of_eval_outlives_a_step_in_training(backend):
     torch.testing.assert_close(torch.autograd.grad(y, params, grad.float()), expected, rtol=0, atol=0)
 
 
+def test_gradients_where_gates_are_not_trained(backend):
+    tensors, grad = draw((4, 3, 5, 5))
+    leaves, found = [t.float().requires_grad_() for t in tensors], []
+    for count in (5, 3):  # with the gates, which are last, and without
+        for gate in leaves[3:]:
+            gate.requires_grad_(count == 5)
+        y = iebn_eager(*leaves, None, None, True, 0.1, 1e-5)
+        found.append(torch.autograd.grad(y, leaves[:count], grad.float())[:3])
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
 def test_gradients_of_some_inputs_only():
     tensors, grad = draw((4, 3, 5, 5))
     tensors[2].requires_grad_()  # only the bias, as behind a frozen stem

@@ -46,13 +46,19 @@ def test_runs_that_differ_in_norm_and_seed_are_compared(tmp_path):
     add_run(tmp_path, "f", 74.0, model="resnet164_cifar_se", seed=1)
     add_run(tmp_path, "g", 76.0, model="resnet164_cifar_iebn", model_args=dict(neutral_gates=True), seed=1)
     add_run(tmp_path, "h", 69.0, model="resnet164_cifar_iebn", freeze_gates=True)
-    (bn, iebn, se, neutral, frozen, other) = cells(table_of(tmp_path))
+    frozen_neutral = dict(model_args=dict(neutral_gates=True), freeze_gates=True)
+    add_run(tmp_path, "i", 68.0, model="resnet164_cifar_iebn", **frozen_neutral)
+    (bn, iebn, se, neutral, other, *frozen) = cells(table_of(tmp_path))
     assert bn[:4] == ["resnet164_cifar", "cifar100", "164", "batch norm"]
     assert bn[4:10] == ["1.727 M", "247 M", "62 (CPU)", "71.00 ± 1.41 (2 seeds)", "", "74.29"]
     assert iebn[3] == "IEBN" and iebn[6:10] == ["-", "75.00 (one seed)", "+5.00", "77.09"]
     assert se[3] == "squeeze-and-excitation" and se[7:10] == ["73.00 ± 1.41 (2 seeds)", "+2.00 [+2.00, +2.00]", "-"]
     assert neutral[3] == "IEBN, neutral gates" and neutral[7:10] == ["76.00 (one seed)", "+4.00", "-"]
-    assert frozen[3] == "IEBN, frozen gates" and frozen[7:10] == ["69.00 (one seed)", "-1.00", "-"]
+    assert [row[0] for row in frozen] == ["resnet164_cifar, for study"] * 2
+    assert [(row[3], row[7]) for row in frozen] == [
+        ("IEBN", "69.00 (one seed)"),
+        ("IEBN, neutral gates", "68.00 (one seed)"),
+    ]
     assert other[7] == "60.00 (one seed)"
     assert bn[10] == "[seed 0](resnet164_cifar.a) [seed 1](resnet164_cifar.b)"
     assert iebn[10] == "[seed 0](resnet164_cifar_iebn.c)"

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -188,10 +187,10 @@ def test_a_finished_run_is_only_reported(uninterrupted, tmp_path):
     assert result.returncode == 2 and "started with another recipe (seed: 0 became 5)" in result.stderr
 
 
-@pytest.mark.parametrize("opt", ["lamb", "adafactorbv"])
-def test_optimizers_with_a_state_of_their_own_go_on_to_the_same_bits(opt, tmp_path):
-    recipe = Recipe(model="resnet20_cifar", data="digits", epochs=3, batch_size=700, milestones=(), lr=0.001, opt=opt)
-    recipe = replace(recipe, model_args=dict(depth=1))
+@pytest.mark.parametrize("changes", [dict(opt="lamb"), dict(opt="adafactorbv"), dict(freeze_gates=True)], ids=str)
+def test_optimizers_with_a_state_of_their_own_go_on_to_the_same_bits(changes, tmp_path):
+    given = dict(model="resnet20_cifar_iebn", model_args=dict(depth=1), data="digits", epochs=3, batch_size=700)
+    recipe = Recipe(**given, milestones=(), lr=0.001, **changes)
     whole, cut = (Trainer(recipe, tmp_path / name) for name in ("whole", "cut"))
     whole.train_epoch()
     cut.train_epoch()

@@ -32,7 +32,7 @@ from timm_iebn.training.processes import create_accelerator
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    result = run("epochs=3", "warmup_epochs=0", cwd=folder)
+    result = run("epochs=3", "warmup_epochs=0", cwd=folder, fork=False)
     assert result.returncode == 0, result.stderr
     (output,) = (folder / "output").iterdir()  # and no working folder beside it
     return output, result.stdout
@@ -71,7 +71,7 @@ def test_the_commit_that_made_a_run_is_found_where_there_is_one(tmp_path):
 
 def test_validate_agrees_with_the_log_to_the_last_digit(trained):
     folder, output = trained
-    result = run(folder, cwd=folder.parent, script="validate.py")
+    result = run(folder, cwd=folder.parent, script="validate.py", fork=False)
     expected = re.findall(r"test loss .* top-1 [\d.]* %", output)[-1]
     assert expected in result.stdout, result.stdout + result.stderr
     row = read_log(folder / "log.csv")[-1]
@@ -198,7 +198,7 @@ def test_gradient_checkpointing_that_a_network_lacks_is_named(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-def test_gates_that_a_network_lacks_can_not_be_frozen(tmp_path):
+def test_gates_that_a_network_lacks_cannot_be_frozen(tmp_path):
     result = run("model=resnet20_cifar", "freeze_gates=true", cwd=tmp_path)
     assert result.returncode == 2 and "freeze_gates: 'resnet20_cifar' has no IEBN" in result.stderr
     assert not any(tmp_path.iterdir())

@@ -56,6 +56,17 @@ def test_more_images_or_parts_than_are_merged_at_once(shape, rounds, monkeypatch
     check(fused, *draw(shape), "train", 0.0, torch.float32, torch.contiguous_format)
 
 
+def test_gradients_where_gates_are_not_trained():
+    tensors, grad = draw((4, 3, 5, 5))
+    leaves, found = [t.float().requires_grad_() for t in tensors], []
+    for count in (5, 3):  # with the gates, which are last, and without
+        for gate in leaves[3:]:
+            gate.requires_grad_(count == 5)
+        y = fused(*leaves, None, None, True, 0.1, 1e-5)
+        found.append(torch.autograd.grad(y, leaves[:count], grad.float())[:3])
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_without_affine(mode):
     check(fused, *draw((4, 8, 7, 5), affine=False), mode, 0.0, torch.float32, torch.channels_last)

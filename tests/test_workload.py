@@ -10,6 +10,7 @@ import sys
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 from training import ENVIRONMENT
@@ -17,6 +18,7 @@ from training import ENVIRONMENT
 from timm_iebn.recipe import Recipe
 from timm_iebn.training import Trainer
 from timm_iebn.training.build import create_optimizer, create_scheduler
+from timm_iebn.zoo import read_config
 
 
 def recipe(**asked):
@@ -41,11 +43,15 @@ def test_weight_decay_is_on_norms_biases_and_gates_if_the_recipe_says_so(decay_n
 
 @pytest.mark.parametrize("start", [{}, dict(neutral_gates=True)], ids=["authors", "neutral"])
 def test_frozen_gates_stay_as_they_start_and_everything_else_is_trained(tmp_path, start):
-    asked = Recipe(model="resnet20_cifar_iebn", data="digits", batch_size=700, model_args=start, freeze_gates=True)
-    trainer = Trainer(asked, tmp_path / "out")
+    given = dict(model="resnet20_cifar_iebn", data="digits", batch_size=700, epochs=1, milestones=(), lr=0.01)
+    folder = tmp_path / "out"
+    trainer = Trainer(Recipe(**given, model_args=dict(depth=1, **start), freeze_gates=True), folder)
     before = {name: p.detach().clone() for name, p in trainer.workload.net.named_parameters()}
-    trainer.train_epoch()
-    kept = {name for name, p in trainer.workload.net.named_parameters() if torch.equal(p, before[name])}
+    trainer.fit()
+    assert "The gates were not trained" in (folder / "README.md").read_text()
+    assert read_config(folder)["training"]["is_study"]
+    after = load_file(folder / "model.safetensors")
+    kept = {name for name, p in before.items() if torch.equal(p, after[name])}
     assert kept == {name for name in before if name.endswith(("gate_weight", "gate_bias"))} != set()
 
 

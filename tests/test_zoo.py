@@ -49,16 +49,17 @@ def test_a_name_and_its_folder_give_the_same_network():
 
 
 def test_the_default_is_the_longest_training_then_the_lowest_seed(tmp_path):
-    def add(name, epochs, seed, pretrained=False):
+    def add(name, epochs, seed, pretrained=False, **more):
         name = f"net.{name}"
         (tmp_path / name).mkdir()
-        write_config(tmp_path / name, "net", epochs=epochs, seed=seed, pretrained=pretrained)
+        write_config(tmp_path / name, "net", epochs=epochs, seed=seed, pretrained=pretrained, **more)
 
     add("a", 60, 1)
     add("b", 164, 2)
     add("c", 200, 0, pretrained=True)
     add("d", 164, 0)
-    assert [folder.name for folder in read_zoo(tmp_path)] == ["net.d", "net.b", "net.a", "net.c"]
+    add("e", 300, 0, is_study=True)
+    assert [folder.name for folder in read_zoo(tmp_path)] == ["net.d", "net.b", "net.a", "net.c", "net.e"]
 
 
 @pytest.mark.parametrize(

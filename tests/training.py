@@ -8,9 +8,11 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager, suppress
-from multiprocessing import get_context
+from functools import cache
+from multiprocessing import forkserver, get_context, get_start_method, set_start_method
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from unittest.mock import patch
 
 import datasets
 import numpy as np
@@ -44,37 +46,47 @@ def command(*args, processes=1, script="train.py"):
     return [sys.executable, *launch, str(SCRIPTS / script), *map(str, args)]
 
 
-_FORKS = get_context("forkserver")
-_FORKS.set_forkserver_preload(["timm_iebn.training", "datasets", "matplotlib.pyplot", "sklearn.datasets"])
+@cache
+def _forks():
+    """The context of processes forked of one that has imported the libraries, in the environment of a script."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["timm_iebn.training", "datasets", "sklearn.datasets"])
+    with patch.dict(os.environ, ENVIRONMENT, clear=True):
+        forkserver.ensure_running()
+    return context
 
 
-def _run_forked(args, cwd, output):
+def _run_forked(args, cwd, output, start_method):
     """In a process of its own: what `python ARGS` does in `cwd`. What it prints is in files of the folder `output`."""
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{output}/{name}", os.O_WRONLY | os.O_CREAT), number)
-    os.environ |= ENVIRONMENT
+    set_start_method(start_method, force=True)  # of the workers of loaders
+    np.random.seed()  # as in a new process
     os.chdir(cwd)
-    np.random.seed()  # as a new process: what is random without a seed must show
-    sys.argv, sys.path[0] = args, str(SCRIPTS)
+    sys.argv, sys.path[0] = args, str(Path(args[0]).parent)
     runpy.run_path(args[0], run_name="__main__")
 
 
-def run(*args, cwd, env=ENVIRONMENT, processes=1, **kwargs):
+def run(*args, cwd, env=ENVIRONMENT, processes=1, fork=True, **kwargs):
     """The script's exit status and output.
 
-    One process is forked of one that has imported the libraries, which take most of a short run's time.
+    With `fork`, one process in the usual environment is forked of one that has imported the libraries, which take most
+    of a short run's time. It does not show how the interpreter ends, nor what an import or a set's order does.
     """
     line = command(*args, processes=processes, **kwargs)
-    if processes > 1 or env is not ENVIRONMENT:  # which libraries read when they are imported
+    if processes > 1 or env is not ENVIRONMENT or not fork:
         return subprocess.run(line, cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
     with TemporaryDirectory() as output:
-        process = _FORKS.Process(target=_run_forked, args=(line[1:], cwd, output))
+        process = _forks().Process(target=_run_forked, args=(line[1:], cwd, output, get_start_method()))
         process.start()
-        process.join(600)
-        if process.exitcode is None:
+        try:
+            process.join(600)
+        finally:
+            finished = process.exitcode is not None
             process.kill()
             process.join()
         printed = [(Path(output) / name).read_text() for name in ("stdout", "stderr")]
+    assert finished, printed
     return subprocess.CompletedProcess(line, process.exitcode, *printed)
 
 

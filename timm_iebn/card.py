@@ -13,7 +13,7 @@ from timm.models import get_arch_pretrained_cfgs
 from .convert import GATES
 from .models._registry import WARM_START
 from .recipe import load_recipe
-from .results import BATCH_NORM, FROZEN_IEBN, IEBN, NEUTRAL_IEBN, SE, Comparison, compare, count, norm_of
+from .results import BATCH_NORM, IEBN, NEUTRAL_IEBN, SE, Comparison, compare, count, norm_of
 from .zoo import NAMESPACE, ZOO, hub_id, read_config
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -30,13 +30,11 @@ _TWIN = (
     "with."
 )
 _NEUTRAL = f"{_IEBN} Here all gates started neutral, so that training started from batch norm's function."
-_FROZEN = f"{_IEBN} Here no gate was trained: a control, which shows what their start alone does."
 _ABOUT = {
     BATCH_NORM: _TWIN.format("batch-norm"),
     IEBN: _IEBN,
     SE: _TWIN.format("squeeze-and-excitation"),
     NEUTRAL_IEBN: _NEUTRAL,
-    FROZEN_IEBN: _FROZEN,
 }
 
 _CITATION = """\
@@ -89,6 +87,8 @@ def make_card(folder: Path, comparison: Comparison | None = None) -> ModelCard:
     notes = [*training.get("notes", ())]
     if recipe.mix_data or recipe.has_noise:
         notes.append("Trained under a noise attack, as `recipe.yaml` says: it is for study, not for use.")
+    if recipe.freeze_gates:
+        notes.append("The gates were not trained and are those it started with: it is for study, not for use.")
     for path, other in chain(*(runs.values() for runs in comparison.sides.values())):
         if path.resolve() != folder.resolve():
             notes += [f"Of {path.name} in the table: {note}" for note in other["training"].get("notes", ())]

@@ -38,7 +38,7 @@ def collect_gates(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) ->
 
 
 @torch.no_grad()
-def freeze_gates(model: nn.Module, gates: dict[str, Tensor]) -> nn.Module:
+def freeze_gates_at_mean(model: nn.Module, gates: dict[str, Tensor]) -> nn.Module:
     """`model`, in place, with every channel's gate the mean of its `gates`, whatever the image: a batch norm."""
     for name, norm in model.named_modules():
         if isinstance(norm, IEBN2d):

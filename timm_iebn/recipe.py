@@ -97,7 +97,7 @@ class Recipe:
     compile_mode: str = "default"  # torch.compile's; with reduce-overhead, CUDA graphs spare small networks the host
     grad_checkpointing: bool = False  # runs layers twice, and so moves running statistics by twice their momentum
     sync_norms: bool = True  # with several processes
-    freeze_gates: bool = False  # IEBN's gates stay as they start: a control, for what the start alone does
+    freeze_gates: bool = False  # IEBN's gates stay as they start: a control, for what training them adds
     # the attacks on training, see training/attacks.py: normalised features x become x * noise_scale + noise_offset,
     # evaluated with the noise kept too; of the training split of mix_data, named as `data`, mix_images join each
     # batch's statistics, not its loss
@@ -177,6 +177,11 @@ class Recipe:
     def has_noise(self) -> bool:
         """Whether the constant noise attack is on."""
         return (self.noise_scale, self.noise_offset) != (1.0, 0.0)
+
+    @property
+    def is_study(self) -> bool:
+        """Whether the network is one to learn from, not to use: attacked, or a control."""
+        return self.has_noise or bool(self.mix_data) or self.freeze_gates
 
     def _check_data_config(self) -> None:
         for key, value in self.data_config.items():

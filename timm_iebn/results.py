@@ -29,8 +29,7 @@ BATCH_NORM = Norm("batch norm", "", "o", "tab:gray")
 IEBN = Norm("IEBN", "_iebn", "s", "tab:blue")
 SE = Norm("squeeze-and-excitation", "_se", "^", "tab:orange")  # behind batch norm
 NEUTRAL_IEBN = Norm("IEBN, neutral gates", "_iebn", "D", "tab:cyan")
-FROZEN_IEBN = Norm("IEBN, frozen gates", "_iebn", "v", "tab:olive")
-NORMS = (BATCH_NORM, IEBN, SE, NEUTRAL_IEBN, FROZEN_IEBN)
+NORMS = (BATCH_NORM, IEBN, SE, NEUTRAL_IEBN)
 
 # arXiv 1908.04008
 _PAPER = {("resnet164_cifar", "cifar100"): {BATCH_NORM: 74.29, IEBN: 77.09}}
@@ -39,8 +38,6 @@ _PAPER = {("resnet164_cifar", "cifar100"): {BATCH_NORM: 74.29, IEBN: 77.09}}
 def norm_of(recipe: Recipe, architecture: str) -> Norm:
     """The norm of the network that `recipe` has trained."""
     if architecture.endswith(IEBN.suffix) or str(recipe.model_args.get("norm_layer")).startswith("iebn"):
-        if recipe.freeze_gates:
-            return FROZEN_IEBN
         return NEUTRAL_IEBN if recipe.model_args.get("neutral_gates") else IEBN
     return SE if architecture.endswith(SE.suffix) else BATCH_NORM
 
@@ -81,7 +78,8 @@ class Comparison:
 
     @property
     def name(self) -> str:
-        return self.recipe.model + (", fine-tuned" if self.recipe.pretrained else "")
+        fine_tuned, study = self.recipe.pretrained, self.recipe.is_study
+        return self.recipe.model + (", fine-tuned" if fine_tuned else "") + (", for study" if study else "")
 
     @property
     def data(self) -> str:
@@ -123,7 +121,7 @@ def compare(configs: dict[Path, dict[str, Any]]) -> list[Comparison]:
         tag = recipe.model.rstrip("/").rpartition("/")[2].partition(".")[2].removeprefix(WARM_START)
         if recipe.pretrained and tag:  # networks that start from other weights are others
             model = f"{model}.{tag}"
-        common = replace(recipe, model=model, model_args=model_args, freeze_gates=False, seed=0)
+        common = replace(recipe, model=model, model_args=model_args, seed=0)
         comparison = found.setdefault(common.to_yaml(), Comparison(common, {}))
         runs = comparison.sides.setdefault(norm, {})
         if recipe.seed in runs:

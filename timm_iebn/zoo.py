@@ -83,7 +83,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def read_zoo(zoo: Path = ZOO) -> dict[Path, dict[str, Any]]:
     """The config.json of each model folder in `zoo`. The first one of an architecture is its default: the longest
-    training from scratch, the lowest seed; never the best result, which would be a choice by the test split.
+    training from scratch, the lowest seed, those for study last; never the best result, a choice by the test split.
     """
     ranks, configs = {}, {}
     for path in zoo.glob("*/config.json"):
@@ -92,11 +92,11 @@ def read_zoo(zoo: Path = ZOO) -> dict[Path, dict[str, Any]]:
             training = config["training"]
             if not path.parent.name.startswith(f"{config['architecture']}."):
                 raise ValueError(f"the folder is not named {config['architecture']}.TAG")
-            rank = training["pretrained"], -training["epochs"], training["seed"], path.parent.name
+            rank = bool(training.get("is_study")), training["pretrained"], -training["epochs"], training["seed"]
         except (ValueError, OSError) as e:
             warnings.warn(f"{path.parent} is left out ({e})", stacklevel=2)
         else:
-            ranks[path.parent], configs[path.parent] = rank, config
+            ranks[path.parent], configs[path.parent] = (*rank, path.parent.name), config
     return {folder: configs[folder] for folder in sorted(ranks, key=ranks.get)}
 
 

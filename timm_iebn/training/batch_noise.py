@@ -30,9 +30,9 @@ def batch_noise(
 
     Each of the first `anchors` images, an anchor, is put into two batches whose other images are drawn from the rest,
     with replacement. Noise is the variance over such batches of the anchor's features (what goes into the classifier)
-    and of the gradient of its own loss by all weights, as a share of the squared mean: both summed over the anchors.
-    Half the squared distance of two draws estimates the variance, and their inner product the squared mean, without
-    bias by how few they are; so noise of any size, and of batches of any size, can be compared.
+    and of the gradient of its own loss by all trained weights, as a share of the squared mean: both summed over the
+    anchors. Half the squared distance of two draws estimates the variance, and their inner product the squared mean,
+    without bias by how few they are; so noise of any size, and of batches of any size, can be compared.
 
     Args:
         model: a network of timm's.

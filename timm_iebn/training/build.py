@@ -12,7 +12,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
-from ..convert import GATES
+from ..layers import IEBN2d
 from ..messages import describe
 from ..recipe import Recipe, RecipeError
 
@@ -51,11 +51,12 @@ def create_model(recipe: Recipe, num_classes: int, in_chans: int) -> nn.Module:
         except (AssertionError, AttributeError) as e:
             raise RecipeError(f"grad_checkpointing: {recipe.model!r} has none") from e
     if recipe.freeze_gates:
-        gates = [parameter for name, parameter in net.named_parameters() if name.endswith(GATES)]
-        if not gates:
+        norms = [module for module in net.modules() if isinstance(module, IEBN2d)]
+        if not norms:
             raise RecipeError(f"freeze_gates: {recipe.model!r} has no IEBN, and so no gates")
-        for gate in gates:
-            gate.requires_grad_(False)
+        for norm in norms:
+            norm.gate_weight.requires_grad_(False)
+            norm.gate_bias.requires_grad_(False)
     return net
 
 
