@@ -48,7 +48,7 @@ def test_frozen_gates_stay_as_they_start_and_everything_else_is_trained(tmp_path
     trainer = Trainer(Recipe(**given, model_args=dict(depth=1, **start), freeze_gates=True), folder)
     before = {name: p.detach().clone() for name, p in trainer.workload.net.named_parameters()}
     trainer.fit()
-    assert "The gates were not trained" in (folder / "README.md").read_text()
+    assert "Here the gates were not trained" in (folder / "README.md").read_text()
     assert read_config(folder)["training"]["is_study"]
     after = load_file(folder / "model.safetensors")
     kept = {name for name, p in before.items() if torch.equal(p, after[name])}

@@ -84,11 +84,12 @@ def make_card(folder: Path, comparison: Comparison | None = None) -> ModelCard:
         ],
     )
     twin = model.removesuffix("_se")
+    about = _ABOUT[own].format(model=twin) if own.suffix == "_iebn" or timm.is_model(f"{twin}_iebn") else ""
     notes = [*training.get("notes", ())]
     if recipe.mix_data or recipe.has_noise:
         notes.append("Trained under a noise attack, as `recipe.yaml` says: it is for study, not for use.")
     if recipe.freeze_gates:
-        notes.append("The gates were not trained and are those it started with: it is for study, not for use.")
+        notes.append("The gates are those it started with: it is for study, not for use.")
     for path, other in chain(*(runs.values() for runs in comparison.sides.values())):
         if path.resolve() != folder.resolve():
             notes += [f"Of {path.name} in the table: {note}" for note in other["training"].get("notes", ())]
@@ -108,7 +109,7 @@ def make_card(folder: Path, comparison: Comparison | None = None) -> ModelCard:
         card_data,
         template_path=str(TEMPLATE),
         title=f"{model}{', fine-tuned' if recipe.pretrained else ''} on {data.rpartition('/')[2]}",
-        about=_ABOUT[own].format(model=twin) if own.suffix == "_iebn" or timm.is_model(f"{twin}_iebn") else "",
+        about=about + " Here the gates were not trained." * recipe.freeze_gates,
         sides=sides,
         paper=bool(comparison.paper),
         top1=training["test_top1"],

@@ -67,7 +67,7 @@ def _check_same_recipe(recipe: Recipe, folder: Path) -> None:
     before, now = asdict(load_recipe(folder / "recipe.yaml")), asdict(recipe)
     if changed := [f"{k}: {before[k]!r} became {now[k]!r}" for k in now if before[k] != now[k]]:
         changes = "; ".join(changed)
-        raise RecipeError(f"resume: {folder} was started with another recipe ({changes}): choose another one")
+        raise RecipeError(f"resume: {folder} was started with another recipe ({changes}): choose another --output")
 
 
 def folder_lock(output: Path) -> FileLock:
