@@ -99,6 +99,18 @@ def check(path, tensors, grad, mode, mean, dtype, layout):
         assert all(found[n] <= 16 * allowed for n in group), f"{found}, allowed 16 * {allowed:.2g}"
 
 
+def check_without_gates(path):
+    """The other gradients are the same where gates are not trained."""
+    tensors, grad = draw((4, 3, 5, 5))
+    leaves, found = [t.float().requires_grad_() for t in tensors], []
+    for count in (5, 3):  # with the gates, which are last, and without
+        for gate in leaves[3:]:
+            gate.requires_grad_(count == 5)
+        y = path(*leaves, None, None, True, 0.1, 1e-5)
+        found.append(torch.autograd.grad(y, leaves[:count], grad.float())[:3])
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
 def variance_error(x, dtype, param_dtype, layout):
     """The relative error of the batch variance of torch's batch norm, whose kernel adds up in a row."""
     stats = torch.zeros(2, x.shape[1], dtype=param_dtype)

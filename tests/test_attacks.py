@@ -112,8 +112,8 @@ def test_what_cannot_be_attacked_is_named():
 
 
 def recipe(**changes):
-    given = dict(model="resnet20_cifar_iebn", data="digits", batch_size=700, epochs=1, milestones=(), lr=0.01)
-    return Recipe(**given | dict(model_args=dict(depth=1)) | changes)
+    small = dict(model="resnet20_cifar_iebn", model_args=dict(depth=1))
+    return Recipe(**small | dict(data="digits", batch_size=700, epochs=1, milestones=(), lr=0.01) | changes)
 
 
 def test_strangers_are_other_images_normalised_alike_and_the_same_ones_again():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from numerics import MODES, check, draw, running, strided
+from numerics import MODES, check, check_without_gates, draw, running, strided
 from torch.nn import functional as F
 
 from timm_iebn.ops import cpu, iebn, iebn_eager, iebn_reference
@@ -139,14 +139,7 @@ def test_a_graph_of_eval_outlives_a_step_in_training(backend):
 
 
 def test_gradients_where_gates_are_not_trained(backend):
-    tensors, grad = draw((4, 3, 5, 5))
-    leaves, found = [t.float().requires_grad_() for t in tensors], []
-    for count in (5, 3):  # with the gates, which are last, and without
-        for gate in leaves[3:]:
-            gate.requires_grad_(count == 5)
-        y = iebn_eager(*leaves, None, None, True, 0.1, 1e-5)
-        found.append(torch.autograd.grad(y, leaves[:count], grad.float())[:3])
-    torch.testing.assert_close(*found, rtol=0, atol=0)
+    check_without_gates(iebn_eager)
 
 
 def test_gradients_of_some_inputs_only():

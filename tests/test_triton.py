@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import DEVICE
-from numerics import DTYPES, LAYOUTS, MODES, check, composed, draw, running, strided
+from numerics import DTYPES, LAYOUTS, MODES, check, check_without_gates, composed, draw, running, strided
 
 import timm_iebn
 from timm_iebn.ops import backend, iebn, iebn_reference
@@ -57,14 +57,7 @@ def test_more_images_or_parts_than_are_merged_at_once(shape, rounds, monkeypatch
 
 
 def test_gradients_where_gates_are_not_trained():
-    tensors, grad = draw((4, 3, 5, 5))
-    leaves, found = [t.float().requires_grad_() for t in tensors], []
-    for count in (5, 3):  # with the gates, which are last, and without
-        for gate in leaves[3:]:
-            gate.requires_grad_(count == 5)
-        y = fused(*leaves, None, None, True, 0.1, 1e-5)
-        found.append(torch.autograd.grad(y, leaves[:count], grad.float())[:3])
-    torch.testing.assert_close(*found, rtol=0, atol=0)
+    check_without_gates(fused)
 
 
 @pytest.mark.parametrize("mode", MODES)

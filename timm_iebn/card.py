@@ -89,6 +89,7 @@ def make_card(folder: Path, comparison: Comparison | None = None) -> ModelCard:
     if recipe.mix_data or recipe.has_noise:
         notes.append("Trained under a noise attack, as `recipe.yaml` says: it is for study, not for use.")
     if recipe.freeze_gates:
+        about += " Here the gates were not trained."
         notes.append("The gates are those it started with: it is for study, not for use.")
     for path, other in chain(*(runs.values() for runs in comparison.sides.values())):
         if path.resolve() != folder.resolve():
@@ -109,7 +110,7 @@ def make_card(folder: Path, comparison: Comparison | None = None) -> ModelCard:
         card_data,
         template_path=str(TEMPLATE),
         title=f"{model}{', fine-tuned' if recipe.pretrained else ''} on {data.rpartition('/')[2]}",
-        about=about + " Here the gates were not trained." * recipe.freeze_gates,
+        about=about,
         sides=sides,
         paper=bool(comparison.paper),
         top1=training["test_top1"],

@@ -92,8 +92,8 @@ def _training(recipe: Recipe, row: dict[str, Any], source: str | None) -> dict[s
     """What a reader of config.json learns of the run; recipe and log have all of it."""
     results = {k: round(row[k], 4) for k in ("test_loss", "test_top1", "test_top5")}
     what = {k: getattr(recipe, k) for k in ("data", "epochs", "seed", "pretrained")}
-    where = dict(base_model=source) if source else {}
-    return what | results | dict(date=str(date.today())) | where | (dict(is_study=True) if recipe.is_study else {})
+    where_true = dict(base_model=source, is_study=recipe.is_study)
+    return what | results | dict(date=str(date.today())) | {k: v for k, v in where_true.items() if v}
 
 
 def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:

@@ -92,11 +92,12 @@ def read_zoo(zoo: Path = ZOO) -> dict[Path, dict[str, Any]]:
             training = config["training"]
             if not path.parent.name.startswith(f"{config['architecture']}."):
                 raise ValueError(f"the folder is not named {config['architecture']}.TAG")
-            rank = bool(training.get("is_study")), training["pretrained"], -training["epochs"], training["seed"]
+            order = bool(training.get("is_study")), training["pretrained"], -training["epochs"], training["seed"]
+            rank = *order, path.parent.name
         except (ValueError, OSError) as e:
             warnings.warn(f"{path.parent} is left out ({e})", stacklevel=2)
         else:
-            ranks[path.parent], configs[path.parent] = (*rank, path.parent.name), config
+            ranks[path.parent], configs[path.parent] = rank, config
     return {folder: configs[folder] for folder in sorted(ranks, key=ranks.get)}
 
 
