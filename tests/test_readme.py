@@ -16,7 +16,6 @@ from hub_storage import Repo
 from safetensors.torch import save
 from training import hub_split
 
-from timm_iebn.training.processes import is_bf16_emulated
 
 ROOT = Path(__file__).parents[1]
 SECTION = "## Load, fine-tune, train, publish\n"
@@ -66,8 +65,6 @@ def test_every_block_does_what_the_readme_says(clone, hub, environment):
     found = code()
     assert [language for language, _ in found] == ["python", "bash", "bash", "bash"]
     for language, text in found:
-        if is_bf16_emulated():  # as the text before the block says
-            text = text.replace("cifar100_60epochs.yaml", "cifar100_60epochs.yaml precision=no")
         command = [sys.executable, "-c", text] if language == "python" else ["bash", "-euo", "pipefail", "-c", text]
         result = subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True, timeout=900)
         assert result.returncode == 0, text + result.stdout + result.stderr
@@ -82,7 +79,4 @@ def test_every_block_does_what_the_readme_says(clone, hub, environment):
         assert f'"hf-hub:YOU/{folder.name}"' in repo.files["README.md"].decode()
     lines = (clone / "README.md").read_text(encoding="utf-8").splitlines()
     rows = [line for line in lines if line.startswith("| resnet20_cifar | cifar100 | 60 |")]
-    if is_bf16_emulated():  # another recipe has a row of its own
-        assert len(rows) == 2
-    else:
-        assert len(rows) == 1 and rows[0].count("(4 seeds)") == 2
+    assert len(rows) == 1 and rows[0].count("(4 seeds)") == 2

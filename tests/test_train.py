@@ -259,7 +259,6 @@ def test_what_a_recipe_asks_for_trains_and_loads(wanted, tmp_path):
     environment = ENVIRONMENT | dict(ATEN_CPU_CAPABILITY="avx2")  # as torch sees a processor without AVX-512
     result = run("--output", folder, "--track", "tensorboard", *SHORT, *wanted, cwd=tmp_path, env=environment)
     assert result.returncode == 0, result.stderr
-    assert ("without AVX-512, bf16 is emulated" in result.stdout) == ("precision=bf16" in wanted)
     rows = read_log(folder / "log.csv")
     assert all(row["train_loss"] < 3 for row in rows)
     model, batches, _ = open_network(str(folder), create_accelerator())

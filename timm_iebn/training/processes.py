@@ -73,11 +73,6 @@ def create_training_accelerator(recipe: Recipe, project_dir: Path, trackers: Seq
     return accelerator
 
 
-def is_bf16_emulated() -> bool:
-    """Whether this is an x86 processor without instructions for convolutions in bfloat16."""
-    return torch.backends.cpu.get_cpu_capability() == "AVX2"
-
-
 def start_trackers(accelerator: Accelerator, recipe: Recipe, output: Path, project_dir: Path) -> None:
     """Starts those that the accelerator has; a run that goes on is the same one to them."""
     config = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in asdict(recipe).items()}

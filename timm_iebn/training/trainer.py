@@ -20,11 +20,12 @@ from ..recipe import Recipe, RecipeError
 from ..run_log import log_text
 from .attacks import noise_in_eval
 from .batch_noise import batch_noise
+from .bfloat16 import bfloat16_context
 from .checkpoint import CheckpointError, checkpoint_path, load_latest, save_checkpoint
 from .display import Display
 from .evaluate import evaluate
 from .loaders import is_worker_death, seed_everything
-from .processes import StopRequest, create_training_accelerator, is_bf16_emulated, on_main, start_trackers
+from .processes import StopRequest, create_training_accelerator, on_main, start_trackers
 from .run_folder import check_output, clean_up, finished_row, folder_lock, open_folder, work_folder
 from .workload import Workload
 
@@ -92,8 +93,6 @@ class Trainer:
         display.say(f"{recipe.model} on {recipe.data}, {where}: {recipe.epochs} x {batches} batches, to {self.output}")
         if self.last_checkpoint:
             display.say(f"going on from {self.last_checkpoint}, epoch {self.epoch + 1}, batch {self.step}")
-        if recipe.precision == "bf16" and accelerator.device.type == "cpu" and is_bf16_emulated():
-            display.say("without AVX-512, bf16 is emulated, and some ten times as slow as float32: use precision=no")
         return display
 
     def _zeros(self) -> Tensor:
@@ -234,7 +233,7 @@ class Trainer:
         accelerator = self.accelerator
         with self.request:
             try:
-                with self.display.progress:
+                with self.display.progress, bfloat16_context(accelerator):
                     self._run_epochs()
                 if accelerator.is_main_process:
                     self._finish()
