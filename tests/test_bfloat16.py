@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from training import ENVIRONMENT, SCRIPTS, SHORT, run
 
-from timm_iebn.training.bfloat16 import ConvolutionsInFloat32
+from timm_iebn.recipe import Recipe
+from timm_iebn.training.bfloat16 import ConvolutionsInFloat32, bfloat16_context, lacks_bfloat16
 
 HALF_ULP = 2.0**-8  # of bfloat16's 8 bits
 
@@ -58,3 +60,43 @@ def test_only_convolutions_within_autocast_are_changed():
             assert F.batch_norm(x, None, None, training=True).dtype == torch.float32
             with torch.autocast("cpu", enabled=False):
                 torch.testing.assert_close(F.conv2d(x, weight), F.conv2d(x.double(), weight.double()).float())
+
+
+COUNTING = """
+import atexit, runpy, torch
+from torch.nn import functional as F
+from timm_iebn.training.bfloat16 import ConvolutionsInFloat32
+
+count, take = 0, ConvolutionsInFloat32.__torch_function__
+
+def count_and_take(self, func, types, args=(), kwargs=None):
+    global count
+    count += func is F.conv2d and torch.is_autocast_enabled('cpu')
+    return take(self, func, types, args, kwargs)
+
+ConvolutionsInFloat32.__torch_function__ = count_and_take
+atexit.register(lambda: print("convolutions:", count))
+runpy.run_path({path!r}, run_name="__main__")
+"""
+
+
+def test_training_in_bfloat16_without_avx512_uses_them(tmp_path):
+    script = tmp_path / "counting.py"
+    script.write_text(COUNTING.format(path=str(SCRIPTS / "train.py")))
+    environment = ENVIRONMENT | dict(ATEN_CPU_CAPABILITY="avx2")  # as torch sees a processor without AVX-512
+    recipe = [*SHORT, "epochs=1", "precision=bf16"]
+    result = run("--output", tmp_path / "out", *recipe, cwd=tmp_path, env=environment, script=script)
+    assert result.returncode == 0, result.stderr
+    (count,) = [int(line.split()[1]) for line in result.stdout.splitlines() if line.startswith("convolutions:")]
+    assert count == 7 * 9  # batches and convolutions; evaluation is in float32
+
+
+@pytest.mark.parametrize(
+    "precision, compile, device",
+    [("bf16", False, "cpu"), ("bf16", True, "cpu"), ("bf16", False, "cuda"), ("no", False, "cpu")],
+)
+def test_nothing_else_uses_them(precision, compile, device):
+    recipe = Recipe(model="resnet20_cifar", data="digits", precision=precision, compile=compile)
+    context = bfloat16_context(recipe, torch.device(device))
+    is_eager_bfloat16 = (precision, compile, device) == ("bf16", False, "cpu")
+    assert isinstance(context, ConvolutionsInFloat32) == (is_eager_bfloat16 and lacks_bfloat16())

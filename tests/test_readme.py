@@ -16,7 +16,6 @@ from hub_storage import Repo
 from safetensors.torch import save
 from training import hub_split
 
-
 ROOT = Path(__file__).parents[1]
 SECTION = "## Load, fine-tune, train, publish\n"
 TOKEN = "hf_planted_reader_of_readmes"

@@ -5,11 +5,12 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
+
+from ..recipe import Recipe
 
 
 class ConvolutionsInFloat32(TorchFunctionMode):
@@ -30,10 +31,11 @@ class ConvolutionsInFloat32(TorchFunctionMode):
             return func(*args, **kwargs).bfloat16()
 
 
-def bfloat16_context(accelerator: Accelerator) -> AbstractContextManager:
-    """What the forward passes of `accelerator`'s autocast are to run in."""
-    is_emulated = accelerator.mixed_precision == "bf16" and accelerator.device.type == "cpu" and lacks_bfloat16()
-    return ConvolutionsInFloat32() if is_emulated else nullcontext()
+def bfloat16_context(recipe: Recipe, device: torch.device) -> AbstractContextManager:
+    """What `recipe`'s training on `device` is to run in."""
+    is_slow = recipe.precision == "bf16" and device.type == "cpu" and lacks_bfloat16()
+    # a compiler would leave out the rounding
+    return ConvolutionsInFloat32() if is_slow and not recipe.compile else nullcontext()
 
 
 def lacks_bfloat16() -> bool:

@@ -233,7 +233,7 @@ class Trainer:
         accelerator = self.accelerator
         with self.request:
             try:
-                with self.display.progress, bfloat16_context(accelerator):
+                with self.display.progress, bfloat16_context(self.recipe, accelerator.device):
                     self._run_epochs()
                 if accelerator.is_main_process:
                     self._finish()
