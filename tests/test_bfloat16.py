@@ -1,102 +1,134 @@
-"""Convolutions in bfloat16 without AVX-512, against float64."""
+"""bfloat16 computed in float32, where torch's own is slow, against float64."""
+
+import warnings
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from training import ENVIRONMENT, SCRIPTS, SHORT, run
+from torch.utils.checkpoint import checkpoint
+from training import SCRIPTS, SHORT, run
 
 from timm_iebn.recipe import Recipe
-from timm_iebn.training.bfloat16 import ConvolutionsInFloat32, bfloat16_context, lacks_bfloat16
+from timm_iebn.training.bfloat16 import computed_in_float32, has_slow_bfloat16
 
 HALF_ULP = 2.0**-8  # of bfloat16's 8 bits
+LAYERS = {
+    "conv2d": (lambda: nn.Conv2d(24, 32, 3, padding=1), (5, 24, 9, 9)),
+    "grouped": (lambda: nn.Conv2d(24, 32, 3, stride=2, groups=8, bias=False), (5, 24, 9, 9)),
+    "same": (lambda: nn.Conv2d(24, 32, 3, padding="same", dilation=2), (5, 24, 9, 9)),
+    "conv1d": (lambda: nn.Conv1d(24, 32, 5, padding="same"), (5, 24, 33)),
+    "conv3d": (lambda: nn.Conv3d(6, 8, 3), (2, 6, 7, 7, 7)),
+    "linear": (lambda: nn.Linear(96, 32), (50, 96)),
+}
 
 
-def rounded(shape, scale=1.0):
-    """Random values that bfloat16 holds, so that rounding them again changes nothing."""
-    return (scale * torch.randn(shape)).bfloat16().float()
+def rounded(t):
+    """Values that bfloat16 holds, so that rounding them again changes nothing."""
+    return t.bfloat16().float()
 
 
+@pytest.mark.parametrize("is_checkpointed", [False, True], ids=["", "checkpoint"])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
-@pytest.mark.parametrize(
-    "options",
-    [
-        dict(kernel_size=3, padding=1),
-        dict(kernel_size=3, stride=2, padding=1, groups=8),
-        dict(kernel_size=1, bias=False),
-        dict(kernel_size=3, padding="same", dilation=2),
-    ],
-    ids=str,
-)
-def test_results_and_gradients_are_those_of_float64_rounded_once(options, memory_format):
-    layer = nn.Conv2d(24, 32, **options).to(memory_format=memory_format)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_results_and_gradients_are_those_of_float64_rounded_once(kind, memory_format, is_checkpointed):
+    make, shape = LAYERS[kind]
+    if memory_format == torch.channels_last and len(shape) != 4:
+        pytest.skip("channels last is for images")
+    layer, x = make(), rounded(torch.randn(shape))
     for parameter in layer.parameters():
-        parameter.data = rounded(parameter.shape, 0.1).to(memory_format=memory_format if parameter.ndim == 4 else None)
-    x = rounded((5, 24, 9, 9)).to(memory_format=memory_format).requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16), ConvolutionsInFloat32():
-        y = layer(x)
-    assert y.dtype == torch.bfloat16
-    assert y.is_contiguous(memory_format=memory_format)
-    grad = torch.randn_like(y)
-    found = [y.detach(), *torch.autograd.grad(y, [x, *layer.parameters()], grad)]
-
-    exact = nn.Conv2d(24, 32, **options).double()
+        parameter.data = rounded(parameter.data)
+    exact = make().double()
     exact.load_state_dict(layer.state_dict())
-    x = x.detach().double().requires_grad_()
-    y = exact(x)
-    wanted = [y.detach(), *torch.autograd.grad(y, [x, *exact.parameters()], grad.double())]
+    exact_x = x.double().requires_grad_()
+    layer, x = layer.to(memory_format=memory_format), x.to(memory_format=memory_format).requires_grad_()
+    with computed_in_float32(True):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = checkpoint(layer, x, use_reentrant=False) if is_checkpointed else layer(x)
+        assert y.dtype == torch.bfloat16
+        grad = torch.randn_like(y)
+        found = [y.detach(), *torch.autograd.grad(y, [x, *layer.parameters()], grad)]
+    if len(shape) == 4:
+        assert y.is_contiguous(memory_format=memory_format)
+    y = exact(exact_x)
+    wanted = [y.detach(), *torch.autograd.grad(y, [exact_x, *exact.parameters()], grad.double())]
     for a, b in zip(found, wanted, strict=True):
         # float32 sums are off by far less than the rounding, except where terms cancel
         torch.testing.assert_close(a.double(), b, rtol=1.01 * HALF_ULP, atol=2e-5 * b.abs().max().item())
 
 
-def test_only_convolutions_within_autocast_are_changed():
+def test_what_autocast_leaves_alone_is_left_alone():
     x, weight = torch.randn(2, 4, 5, 5), torch.randn(3, 4, 3, 3)
-    with ConvolutionsInFloat32():
-        assert F.conv2d(x, weight).dtype == torch.float32
+    with computed_in_float32(True):
+        torch.testing.assert_close(F.conv2d(x, weight), F.conv2d(x.double(), weight.double()).float())
         with torch.autocast("cpu", torch.bfloat16):
-            assert F.conv2d(input=x, weight=weight, padding=1).dtype == torch.bfloat16
-            assert F.linear(x, x[0, 0]).dtype == torch.bfloat16
+            assert F.conv2d(x.double(), weight.double()).dtype == torch.float64
+            assert F.conv2d(input=x.bfloat16(), weight=weight, padding=1).dtype == torch.bfloat16
             assert F.batch_norm(x, None, None, training=True).dtype == torch.float32
             with torch.autocast("cpu", enabled=False):
-                torch.testing.assert_close(F.conv2d(x, weight), F.conv2d(x.double(), weight.double()).float())
+                assert F.conv2d(x, weight).dtype == torch.float32
+        with torch.autocast("cpu", torch.float16):
+            assert F.conv2d(x, weight).dtype == torch.float16
 
 
-COUNTING = """
-import atexit, runpy, torch
-from torch.nn import functional as F
-from timm_iebn.training.bfloat16 import ConvolutionsInFloat32
+def test_torchs_own_kernels_are_back_afterwards():
+    def is_own():
+        """As only the graph of ours has float32 in it."""
+        with torch.autocast("cpu", torch.bfloat16):
+            y = F.conv2d(torch.randn(1, 3, 8, 8), torch.randn(2, 3, 3, 3, requires_grad=True))
+        return y.grad_fn.name() == "ConvolutionBackward0"
 
-count, take = 0, ConvolutionsInFloat32.__torch_function__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert is_own()
+        for _ in range(2):
+            with pytest.raises(KeyError), computed_in_float32(True):
+                assert not is_own()
+                raise KeyError
+            with computed_in_float32(False):
+                assert is_own()
 
-def count_and_take(self, func, types, args=(), kwargs=None):
-    global count
-    count += func is F.conv2d and torch.is_autocast_enabled('cpu')
-    return take(self, func, types, args, kwargs)
 
-ConvolutionsInFloat32.__torch_function__ = count_and_take
-atexit.register(lambda: print("convolutions:", count))
-runpy.run_path({path!r}, run_name="__main__")
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512", "SVE256"])
+def test_processors_with_avx2_alone_are_slow(capability, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    recipe = Recipe(model="resnet20_cifar", data="digits", precision="bf16")
+    assert has_slow_bfloat16(recipe, torch.device("cpu")) == (capability == "AVX2")
+    assert not has_slow_bfloat16(recipe, torch.device("cuda"))
+    assert not has_slow_bfloat16(Recipe(model="resnet20_cifar", data="digits"), torch.device("cpu"))
+
+
+AS_IF_SLOW = """
+import runpy
+from timm_iebn.training import bfloat16, trainer
+
+calls, compute = {{"conv2d": 0, "linear": 0}}, bfloat16._compute
+
+def counted(operator, *args, **kwargs):
+    calls[operator.name().removeprefix("aten::")] += 1
+    return compute(operator, *args, **kwargs)
+
+bfloat16._compute, trainer.has_slow_bfloat16 = counted, lambda recipe, device: True
+try:
+    runpy.run_path({path!r}, run_name="__main__")
+finally:
+    print("calls:", calls)
 """
 
 
-def test_training_in_bfloat16_without_avx512_uses_them(tmp_path):
-    script = tmp_path / "counting.py"
-    script.write_text(COUNTING.format(path=str(SCRIPTS / "train.py")))
-    environment = ENVIRONMENT | dict(ATEN_CPU_CAPABILITY="avx2")  # as torch sees a processor without AVX-512
-    recipe = [*SHORT, "epochs=1", "precision=bf16"]
-    result = run("--output", tmp_path / "out", *recipe, cwd=tmp_path, env=environment, script=script)
-    assert result.returncode == 0, result.stderr
-    (count,) = [int(line.split()[1]) for line in result.stdout.splitlines() if line.startswith("convolutions:")]
-    assert count == 7 * 9  # batches and convolutions; evaluation is in float32
-
-
 @pytest.mark.parametrize(
-    "precision, compile, device",
-    [("bf16", False, "cpu"), ("bf16", True, "cpu"), ("bf16", False, "cuda"), ("no", False, "cpu")],
+    ("change", "calls"),
+    [
+        # 7 batches, 9 convolutions; evaluation is in float32
+        ("grad_checkpointing=false", dict(conv2d=7 * 9, linear=7)),
+        # those of blocks once more backward
+        ("grad_checkpointing=true", dict(conv2d=7 * (9 + 8), linear=7)),
+    ],
 )
-def test_nothing_else_uses_them(precision, compile, device):
-    recipe = Recipe(model="resnet20_cifar", data="digits", precision=precision, compile=compile)
-    context = bfloat16_context(recipe, torch.device(device))
-    is_eager_bfloat16 = (precision, compile, device) == ("bf16", False, "cpu")
-    assert isinstance(context, ConvolutionsInFloat32) == (is_eager_bfloat16 and lacks_bfloat16())
+def test_trainings_on_such_processors_use_it(change, calls, tmp_path):
+    script = tmp_path / "as_if_slow.py"
+    script.write_text(AS_IF_SLOW.format(path=str(SCRIPTS / "train.py")))
+    recipe = [*SHORT, "epochs=1", "precision=bf16", change]
+    result = run("--output", tmp_path / "out", *recipe, cwd=tmp_path, script=script)
+    assert result.returncode == 0, result.stderr
+    assert f"calls: {calls}" in result.stdout

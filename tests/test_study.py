@@ -90,12 +90,12 @@ def test_conditions_are_compared_with_the_control_and_small_figures_are_shown(tm
 
 def test_networks_are_compared_in_pairs_too(tmp_path):
     networks = STUDY["networks"] | {"frozen": dict(model="resnet20_cifar_iebn", freeze_gates=True)}
-    study = load_study(write_study(tmp_path, networks=networks, pairs={"IEBN": "frozen"}))
+    study = load_study(write_study(tmp_path, networks=networks, pairs=[["IEBN", "frozen"]]))
     top1 = {"batch norm": (10, 20), "IEBN": (53, 56), "frozen": (51, 52)}
     for run in study.runs:
         if run.row == "plain" or run.seed == 0:
             add_log(study, run, top1[run.network][run.seed])
-    results, pairs = report(study).split("Other comparisons:\n\n")
+    results, pairs = report(study).split("Networks compared with others than batch norm:\n\n")
     assert "against frozen" not in results and pairs.startswith("| | Norms | top-1, % |\n|---|---|---|\n")
     assert "| plain | IEBN against frozen | +3.00 [-9.71, +15.71] |\n" in pairs
     assert "| scale 0.5, offset 0.5 | IEBN against frozen | +2.00 |\n" in pairs
@@ -150,9 +150,11 @@ def test_a_log_without_the_columns_is_named(tmp_path):
         (dict(columns=["test_top1"]), "columns should be"),
         (dict(title=None), "title should be text"),
         (dict(control="plane"), "control should be one of the rows, is 'plane'"),
-        (dict(pairs={"IEBN": "frozen"}), "pairs should be a mapping of networks to networks, is {'IEBN': 'frozen'}"),
-        (dict(pairs=["IEBN"]), "pairs should be"),
-        (dict(pairs={"IEBN": []}), "pairs should be"),
+        (dict(pairs=[["IEBN", "frozen"]]), r"pairs should be a list of pairs of networks, is \[\['IEBN', 'frozen'\]\]"),
+        (dict(pairs={"IEBN": "batch norm"}), "pairs should be"),
+        (dict(pairs=["IEBN", "batch norm"]), "pairs should be"),
+        (dict(pairs=[["IEBN", "IEBN"]]), "pairs should be"),
+        (dict(pairs=[["IEBN", {}]]), "pairs should be"),
         (dict(rows={"wide": dict(model="resnet56_cifar")}), "row 'wide' and network 'batch norm' both set model"),
         (dict(rows={"+0.5": {}, "-0.5": dict(lr=0.1)}), "2 runs would share the folder _0.5.batch_norm.seed0"),
         (dict(seeds=[1, 1]), "2 runs would share the folder plain.batch_norm.seed1"),

@@ -15,8 +15,10 @@ _PACKAGES = ("torch", "timm", "accelerate", "safetensors", "huggingface-hub")
 
 def environment(device: torch.device) -> str:
     """The day, the machine, and the versions of what decides a result on it, a line for each."""
-    processor = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else processor
+    if device.type == "cuda":
+        machine = torch.cuda.get_device_name(device)
+    else:
+        machine = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
     about = f"# {date.today()}, Python {platform.python_version()}, {platform.system()}, {device.type}: {machine}"
     own = f"timm-iebn=={__version__}{commit_of(Path(__file__).parent)}"
     return "\n".join([about, own, *(f"{name}=={version(name)}" for name in _PACKAGES)]) + "\n"

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
-from itertools import product
+from itertools import permutations, product
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ class Study:
     rows: dict[str, dict[str, Any]]  # conditions: further overrides by name
     columns: dict[str, str]  # of the log, with what they are called
     control: str = ""  # the row, if any, from which the others are changes that each network may bear or not
-    pairs: dict[str, str] = field(default_factory=dict)  # networks that are compared with another than the first one
+    pairs: list[list[str]] = field(default_factory=list)  # of networks, the first one compared with the other too
 
     @property
     def recipe_path(self) -> Path:
@@ -161,8 +161,8 @@ def _check(study: Study) -> None:
         "columns": ("a mapping of columns to what they are called", lambda v: _is_mapping(v, str)),
         "control": ("one of the rows", lambda v: not v or v in study.rows),
         "pairs": (
-            "a mapping of networks to networks",
-            lambda v: not v or _is_mapping(v, str) and study.networks.keys() >= {*v, *v.values()},
+            "a list of pairs of networks",
+            lambda v: isinstance(v, list) and all(p in map(list, permutations(study.networks, 2)) for p in v),
         ),
     }
     for name, (what, is_right) in wanted.items():

@@ -97,7 +97,7 @@ def report(results: Results) -> str:
         changes = _table(study, others, cells, "against {}'s")
         tables += f"\n\nWhat has changed from {study.control}, with the same norm:\n\n{changes}"
     if study.pairs:
-        tables += f"\n\nOther comparisons:\n\n{_pairs_table(results, places)}"
+        tables += f"\n\nNetworks compared with others than {baseline}:\n\n{_pairs_table(results)}"
     made = sum(map(len, results.logs.values()))
     changed = f"\nHere the recipe is changed: {', '.join(study.changes)}.\n" if study.changes else ""
     rest = f" The rest:\n\n    {study.command}" if made < len(study.runs) else ""
@@ -131,12 +131,12 @@ def _table(
     return "\n".join(lines)
 
 
-def _pairs_table(results: Results, places: dict[str, int]) -> str:
+def _pairs_table(results: Results) -> str:
     """In Markdown: for each of the study's pairs in each row a line, of the differences in each column."""
     study = results.study
     lines = [f"| | Norms | {' | '.join(study.columns.values())} |", f"|---|---|{'---|' * len(study.columns)}"]
-    for row, pair in product(study.rows, study.pairs.items()):
-        found = [paired_difference(*(results.last(row, n, c) for n in pair), places[c]) for c in study.columns]
+    for row, pair in product(study.rows, study.pairs):
+        found = [paired_difference(*(results.last(row, n, c) for n in pair), results.places(c)) for c in study.columns]
         lines.append(f"| {row} | {' against '.join(pair)} | {' | '.join(found)} |")
     return "\n".join(lines)
 

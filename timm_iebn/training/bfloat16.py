@@ -1,43 +1,53 @@
-"""bfloat16 on x86 processors that have no instructions for it: what AVX-512 computes, at the speed of float32."""
+"""bfloat16 on processors with AVX2 alone, where torch's kernels for it are many times as slow as those for float32."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
 
 from ..recipe import Recipe
 
+_aten = torch.ops.aten
+_OPERATORS = (
+    *(_aten.conv1d.default, _aten.conv2d.default, _aten.conv3d.default, _aten.linear.default),
+    *(_aten.conv1d.padding, _aten.conv2d.padding, _aten.conv3d.padding),  # "same" and "valid"
+)
 
-class ConvolutionsInFloat32(TorchFunctionMode):
-    """Within CPU autocast to bfloat16, convolves bfloat16 values in float32 and rounds the results to bfloat16.
 
-    So do processors with AVX-512, but for the order of the sums. torch's own bfloat16 convolutions of images are, with
-    AVX2, some ten times as slow as float32, and backward they round every partial sum.
+def has_slow_bfloat16(recipe: Recipe, device: torch.device) -> bool:
+    """Whether `recipe` asks for bfloat16 on a processor with AVX2 alone."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    return recipe.precision == "bf16" and device.type == "cpu" and capability == "AVX2"
+
+
+@contextmanager
+def computed_in_float32(is_wanted: bool) -> Iterator[None]:
+    """If wanted: the convolutions and linear layers of autocast on CPU compute in float32, of and to rounded values.
+
+    So do processors with AVX-512, up to float32's rounding. torch's own convolutions in bfloat16 with AVX2 also round
+    partial sums of gradients. The whole process is concerned, backward passes and their checkpoints too.
     """
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is not F.conv2d or not torch.is_autocast_enabled("cpu"):
-            return func(*args, **kwargs)
-        with torch.autocast("cpu", enabled=False):  # the rounding, as a part of the graph, rounds the gradients too
-            args, kwargs = tree_map_only(Tensor, lambda t: t.bfloat16().float(), (args, kwargs))
-            return func(*args, **kwargs).bfloat16()
+    library = torch.library.Library("aten", "IMPL")
+    for operator in _OPERATORS if is_wanted else ():
+        library.impl(operator, partial(_compute, operator), "AutocastCPU")
+    try:
+        yield
+    finally:
+        del library  # which takes its kernels with it
 
 
-def bfloat16_context(recipe: Recipe, device: torch.device) -> AbstractContextManager:
-    """What `recipe`'s training on `device` is to run in."""
-    is_slow = recipe.precision == "bf16" and device.type == "cpu" and lacks_bfloat16()
-    # a compiler would leave out the rounding
-    return ConvolutionsInFloat32() if is_slow and not recipe.compile else nullcontext()
+def _compute(
+    operator: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any
+) -> Tensor:
+    dtype = torch.get_autocast_dtype("cpu")
 
+    def rounded(t: Tensor | None) -> Tensor | None:
+        """What autocast would round; in the graph, so that gradients are rounded as well."""
+        return t.to(dtype).float() if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
 
-def lacks_bfloat16() -> bool:
-    """Whether this is an x86 processor without instructions for convolutions in bfloat16."""
-    return torch.backends.cpu.get_cpu_capability() == "AVX2"
+    with torch.autocast("cpu", enabled=False):
+        y = operator(rounded(x), rounded(weight), rounded(bias), *args, **kwargs)
+        return y.to(dtype) if y.dtype == torch.float32 else y

@@ -20,7 +20,7 @@ from ..recipe import Recipe, RecipeError
 from ..run_log import log_text
 from .attacks import noise_in_eval
 from .batch_noise import batch_noise
-from .bfloat16 import bfloat16_context
+from .bfloat16 import computed_in_float32, has_slow_bfloat16
 from .checkpoint import CheckpointError, checkpoint_path, load_latest, save_checkpoint
 from .display import Display
 from .evaluate import evaluate
@@ -93,6 +93,8 @@ class Trainer:
         display.say(f"{recipe.model} on {recipe.data}, {where}: {recipe.epochs} x {batches} batches, to {self.output}")
         if self.last_checkpoint:
             display.say(f"going on from {self.last_checkpoint}, epoch {self.epoch + 1}, batch {self.step}")
+        if recipe.compile and has_slow_bfloat16(recipe, accelerator.device):
+            display.say("without AVX-512, bf16 in compiled networks is many times as slow: use compile=false")
         return display
 
     def _zeros(self) -> Tensor:
@@ -231,9 +233,10 @@ class Trainer:
     def fit(self) -> dict[str, Any]:
         """Trains to the end and writes the model folder; returns the last epoch's row, whose accuracy is the result."""
         accelerator = self.accelerator
-        with self.request:
+        is_slow = has_slow_bfloat16(self.recipe, accelerator.device)
+        with self.request, computed_in_float32(is_slow and not self.recipe.compile):  # a compiler leaves out rounding
             try:
-                with self.display.progress, bfloat16_context(self.recipe, accelerator.device):
+                with self.display.progress:
                     self._run_epochs()
                 if accelerator.is_main_process:
                     self._finish()
