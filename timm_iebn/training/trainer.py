@@ -232,9 +232,8 @@ class Trainer:
 
     def fit(self) -> dict[str, Any]:
         """Trains to the end and writes the model folder; returns the last epoch's row, whose accuracy is the result."""
-        accelerator = self.accelerator
-        is_slow = has_slow_bfloat16(self.recipe, accelerator.device)
-        with self.request, computed_in_float32(is_slow and not self.recipe.compile):  # a compiler leaves out rounding
+        recipe, accelerator = self.recipe, self.accelerator
+        with self.request, computed_in_float32(not recipe.compile and has_slow_bfloat16(recipe, accelerator.device)):
             try:
                 with self.display.progress:
                     self._run_epochs()
