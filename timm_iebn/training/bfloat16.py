@@ -28,8 +28,8 @@ def computed_in_float32(is_wanted: bool) -> Iterator[None]:
     """If wanted: the convolutions and linear layers of autocast on CPU compute in float32, of and to rounded values.
 
     So do processors with AVX-512, up to float32's rounding. torch's own convolutions in bfloat16 with AVX2 also round
-    partial sums of gradients. The whole process is concerned, backward passes and their checkpoints too. Not for compiled
-    networks: a compiler would leave out the rounding.
+    partial sums of gradients. The whole process is concerned, backward passes and their checkpoints too. Not for
+    compiled networks: a compiler would leave out the rounding.
     """
     library = torch.library.Library("aten", "IMPL")
     for operator in _OPERATORS if is_wanted else ():
