@@ -11,16 +11,15 @@ from torch import Tensor
 from ..recipe import Recipe
 
 _aten = torch.ops.aten
-_OPERATORS = (
-    *(_aten.conv1d.default, _aten.conv2d.default, _aten.conv3d.default, _aten.linear.default),
-    *(_aten.conv1d.padding, _aten.conv2d.padding, _aten.conv3d.padding),  # "same" and "valid"
-)
+_CONVOLUTIONS = (_aten.conv1d, _aten.conv2d, _aten.conv3d)
+# the overload `padding` has "same" and "valid"
+_OPERATORS = (_aten.linear.default, *(c.default for c in _CONVOLUTIONS), *(c.padding for c in _CONVOLUTIONS))
 
 
 def has_slow_bfloat16(recipe: Recipe, device: torch.device) -> bool:
     """Whether `recipe` asks for bfloat16 on a processor with AVX2 alone."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    return recipe.precision == "bf16" and device.type == "cpu" and capability == "AVX2"
+    is_bfloat16 = recipe.precision == "bf16" and device.type == "cpu"
+    return is_bfloat16 and torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 @contextmanager
