@@ -21,10 +21,10 @@ from filelock import FileLock
 from timm_iebn.card import make_card, make_warm_start_card
 from timm_iebn.files import write_atomically
 from timm_iebn.models._registry import WARM_START
-from timm_iebn.results import Comparison, compare, plot_results, results_table, short_table
+from timm_iebn.results import Comparison, compare, costs_table, plot_results, results_table, short_table
 from timm_iebn.study import Study, load_study
 from timm_iebn.study_report import read_results, report, write_report
-from timm_iebn.zoo import WEIGHTS, check_weights, read_zoo
+from timm_iebn.zoo import WEIGHTS, check_weights, read_costs, read_zoo
 
 ROOT = Path(__file__).parents[1]
 ZOO_README = """\
@@ -33,10 +33,17 @@ ZOO_README = """\
 
 Top-1 accuracy on the test split after the last epoch, mean and standard deviation over seeds; all norms of a network
 were trained by one recipe. Differences from batch norm are those of runs of one seed, with their 95 % confidence
-interval by Student's t. Images per second are those of inference, measured by `scripts/zoo_speed.py`.
-`timm_iebn.list_zoo()` gives the same in Python. A run's folder holds its weights, card, recipe, log and curves.
+interval by Student's t. `timm_iebn.list_zoo()` gives the same in Python. A run's folder holds its weights, card,
+recipe, log and curves.
 
 ![Accuracy against cost](results.png)
+
+"""
+COSTS = """
+## What the networks cost
+
+Parameters with 100 classes, multiply-accumulates of convolutions and matrix products for one image, and images per
+second in inference, measured by `scripts/zoo_cost.py`; in brackets, against batch norm.
 
 """
 STUDIES = """
@@ -74,7 +81,8 @@ def texts(root: Path, comparisons: list[Comparison], studies: list[Study]) -> di
     study_links = "".join(f"- [{title}]({path.relative_to(zoo).as_posix()})\n" for path, title in titles.items())
     found = {zoo / "warm_starts" / f"{name}.md": str(make_warm_start_card(name)) for name in networks}
     found[root / "README.md"] = before + BEGIN + short_table(comparisons) + END + after
-    parts = ZOO_README, results_table(comparisons, zoo), STUDIES, study_links, WARM_STARTS, links, "\n"
+    parts = ZOO_README, results_table(comparisons, zoo), COSTS, costs_table(read_costs(zoo))
+    parts += STUDIES, study_links, WARM_STARTS, links, "\n"
     found[zoo / "README.md"] = "".join(parts)
     for comparison in comparisons:
         for folder, _ in chain(*(runs.values() for runs in comparison.sides.values())):

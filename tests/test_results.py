@@ -11,9 +11,9 @@ from conftest import write_config
 from training import SMALL
 
 from timm_iebn.recipe import Recipe, load_recipe
-from timm_iebn.results import compare, paired_difference, plot_results, results_table, short_table
+from timm_iebn.results import compare, costs_table, paired_difference, plot_results, results_table, short_table
 from timm_iebn.run_log import read_log
-from timm_iebn.zoo import read_zoo
+from timm_iebn.zoo import read_costs, read_zoo
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,6 +25,11 @@ def add_run(zoo, name, top1, architecture=None, **recipe):
     (folder / "recipe.yaml").write_text(recipe.to_yaml())
     training = dict(test_top1=top1, epochs=recipe.epochs, seed=recipe.seed, pretrained=recipe.pretrained)
     write_config(folder, architecture or recipe.model, **training)
+
+
+def write_costs(zoo, *rows):
+    head = "architecture,input_size,parameters,macs,device,images_per_second"
+    (zoo / "cost.csv").write_text("\n".join((head, *rows)) + "\n")
 
 
 def table_of(zoo):
@@ -40,8 +45,7 @@ def test_runs_that_differ_in_norm_and_seed_are_compared(tmp_path):
     add_run(tmp_path, "b", 72.0, seed=1)
     add_run(tmp_path, "c", 75.0, model="resnet164_cifar_iebn")
     add_run(tmp_path, "d", 60.0, lr=0.2)
-    speeds = "architecture,input_size,device,images_per_second\nresnet164_cifar,3x32x32,CPU,61.6\n"
-    (tmp_path / "speed.csv").write_text(speeds)
+    write_costs(tmp_path, "resnet164_cifar,3x32x32,1,1,CPU,61.6")
     add_run(tmp_path, "e", 72.0, model="resnet164_cifar_se")
     add_run(tmp_path, "f", 74.0, model="resnet164_cifar_se", seed=1)
     add_run(tmp_path, "g", 76.0, model="resnet164_cifar_iebn", model_args=dict(neutral_gates=True), seed=1)
@@ -50,7 +54,7 @@ def test_runs_that_differ_in_norm_and_seed_are_compared(tmp_path):
     add_run(tmp_path, "i", 68.0, model="resnet164_cifar_iebn", **frozen_neutral)
     (bn, iebn, se, neutral, other, *frozen) = cells(table_of(tmp_path))
     assert bn[:4] == ["resnet164_cifar", "cifar100", "164", "batch norm"]
-    assert bn[4:10] == ["1.727 M", "247 M", "62 (CPU)", "71.00 ± 1.41 (2 seeds)", "", "74.29"]
+    assert bn[4:10] == ["1.727 M", "247 M", "61.6 (CPU)", "71.00 ± 1.41 (2 seeds)", "", "74.29"]
     assert iebn[3] == "IEBN" and iebn[6:10] == ["-", "75.00 (one seed)", "+5.00", "77.09"]
     assert se[3] == "squeeze-and-excitation" and se[7:10] == ["73.00 ± 1.41 (2 seeds)", "+2.00 [+2.00, +2.00]", "-"]
     assert neutral[3] == "IEBN, neutral gates" and neutral[7:10] == ["76.00 (one seed)", "+4.00", "-"]
@@ -64,6 +68,20 @@ def test_runs_that_differ_in_norm_and_seed_are_compared(tmp_path):
     assert iebn[10] == "[seed 0](resnet164_cifar_iebn.c)"
     ((name, data, epochs, *both),) = cells(short_table(compare(read_zoo(tmp_path))))
     assert both == ["71.00 ± 1.41 (2 seeds)", "75.00 (one seed)", "+5.00"]
+
+
+def test_costs_stand_beside_those_of_the_twin_on_the_same_device(tmp_path):
+    rows = ["big,3x32x32,2000000,9000000,CPU,100", "big_iebn,3x32x32,2010000,9000000,CPU,94"]
+    rows += ["big_se,3x32x32,2200000,9100000,GPU,5000", "alone_iebn,3x32x32,500,600,CPU,7.25"]
+    write_costs(tmp_path, *rows, "big_iebn,1x8x8,2010000,500000,CPU,2000")
+    found = [tuple(row) for row in cells(costs_table(read_costs(tmp_path)))]
+    assert found == [
+        ("big", "1x8x8", "IEBN", "2.01 M", "0.5 M", "2000", "CPU"),
+        ("alone", "3x32x32", "IEBN", "500", "600", "7.25", "CPU"),
+        ("big", "3x32x32", "batch norm", "2 M", "9 M", "100", "CPU"),
+        ("big", "3x32x32", "IEBN", "2.01 M (+0.50 %)", "9 M", "94 (-6 %)", "CPU"),
+        ("big", "3x32x32", "squeeze-and-excitation", "2.2 M", "9.1 M", "5000", "GPU"),
+    ]
 
 
 def test_a_network_stands_on_the_side_of_its_norm(tmp_path):

@@ -13,7 +13,7 @@ from scipy.special import stdtrit  # not scipy.stats, whose import takes a secon
 
 from .models._registry import WARM_START
 from .recipe import Recipe, load_recipe
-from .zoo import speeds_of
+from .zoo import Cost, speeds_of
 
 
 class Norm(NamedTuple):
@@ -35,11 +35,15 @@ NORMS = (BATCH_NORM, IEBN, SE, NEUTRAL_IEBN)
 _PAPER = {("resnet164_cifar", "cifar100"): {BATCH_NORM: 74.29, IEBN: 77.09}}
 
 
+def _norm_named(architecture: str) -> Norm:
+    """The norm that the name of a network says."""
+    return next((norm for norm in (IEBN, SE) if architecture.endswith(norm.suffix)), BATCH_NORM)
+
+
 def norm_of(recipe: Recipe, architecture: str) -> Norm:
     """The norm of the network that `recipe` has trained."""
-    if architecture.endswith(IEBN.suffix) or str(recipe.model_args.get("norm_layer")).startswith("iebn"):
-        return NEUTRAL_IEBN if recipe.model_args.get("neutral_gates") else IEBN
-    return SE if architecture.endswith(SE.suffix) else BATCH_NORM
+    norm = IEBN if str(recipe.model_args.get("norm_layer")).startswith("iebn") else _norm_named(architecture)
+    return NEUTRAL_IEBN if norm is IEBN and recipe.model_args.get("neutral_gates") else norm
 
 
 def mean_and_spread(values: Sequence[float], places: int = 2) -> str:
@@ -146,13 +150,35 @@ def results_table(comparisons: list[Comparison], zoo: Path) -> str:
     for row in comparisons:
         for norm, runs in row.sides.items():
             config = row.config(norm)
-            speed = ", ".join(f"{v:.0f} ({k})" for k, v in speeds_of(config, zoo).items()) or "-"
+            speed = ", ".join(f"{v:g} ({k})" for k, v in speeds_of(config, zoo).items()) or "-"
             paper = f"{row.paper[norm]:.2f}" if norm in row.paper else "-"
             logs = " ".join(f"[seed {seed}]({model.folder.name})" for seed, model in sorted(runs.items()))
             cost = count(config["parameters"]), count(config["macs"]), speed
             result = row.mean(norm), row.difference(norm), paper
             cells = row.name, row.data, str(row.recipe.epochs), norm.name, *cost, *result, logs
             lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def costs_table(costs: list[Cost]) -> str:
+    """What networks cost as a Markdown table, the cheap ones first; in brackets, against batch norm on that device."""
+    lines = ["| Network | Images | Norm | Parameters | MACs | Images/s | Device |", "|---|---|---|---|---|---|---|"]
+    measured = {(cost.device, cost.input_size, cost.architecture): cost for cost in costs}
+
+    def place(cost: Cost) -> tuple[Any, ...]:
+        norm = _norm_named(cost.architecture)
+        name = cost.architecture.removesuffix(norm.suffix)
+        twin = measured.get((cost.device, cost.input_size, name), cost)
+        return cost.device, cost.input_size, twin.macs, name, NORMS.index(norm)
+
+    for cost in sorted(costs, key=place):
+        device, size, _, name, norm = place(cost)
+        sizes, speed = count(cost.parameters), f"{cost.images_per_second:g}"
+        twin = measured.get((device, size, name))
+        if twin and twin is not cost:
+            sizes += f" ({100 * (cost.parameters / twin.parameters - 1):+.2f} %)"
+            speed += f" ({100 * (cost.images_per_second / twin.images_per_second - 1):+.0f} %)"
+        lines.append(f"| {' | '.join((name, size, NORMS[norm].name, sizes, count(cost.macs), speed, device))} |")
     return "\n".join(lines) + "\n"
 
 

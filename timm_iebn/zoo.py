@@ -8,7 +8,7 @@ import warnings
 from collections import Counter
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
@@ -239,14 +239,35 @@ def _without_seed(folder: Path) -> str:
     return re.sub(r"seed\d+$", "", folder.name)
 
 
-def speeds_of(config: dict[str, Any], zoo: Path = ZOO) -> dict[str, float]:
-    """Images per second in inference of a network with this config.json, by device, from speed.csv of `zoo`."""
-    path, size = zoo / "speed.csv", "x".join(map(str, config["pretrained_cfg"]["input_size"]))
+class Cost(NamedTuple):
+    """What a network costs: its size, and its speed in inference on one device."""
+
+    architecture: str
+    input_size: str  # as 3x32x32
+    parameters: int
+    macs: int  # of convolutions and matrix products, for one image
+    device: str
+    images_per_second: float
+
+
+def read_costs(zoo: Path = ZOO) -> list[Cost]:
+    """What cost.csv of `zoo` says.
+
+    Raises:
+        ValueError: it is damaged; the message names it.
+    """
+    path = zoo / "cost.csv"
     if not path.exists():
-        return {}
+        return []
     try:
         with open(path, newline="", encoding="utf-8") as file:
-            rows = [row for row in csv.DictReader(file, strict=True) if row["architecture"] == config["architecture"]]
-        return {row["device"]: float(row["images_per_second"]) for row in rows if row["input_size"] == size}
+            types = get_type_hints(Cost).items()
+            return [Cost(*(kind(row[key]) for key, kind in types)) for row in csv.DictReader(file, strict=True)]
     except (KeyError, TypeError, ValueError, csv.Error) as e:
-        raise ValueError(f"{path} is not as zoo_speed.py writes it: {describe(e)}") from e
+        raise ValueError(f"{path} is not as zoo_cost.py writes it: {describe(e)}") from e
+
+
+def speeds_of(config: dict[str, Any], zoo: Path = ZOO) -> dict[str, float]:
+    """Images per second in inference of a network with this config.json, by device, from cost.csv of `zoo`."""
+    network = config["architecture"], "x".join(map(str, config["pretrained_cfg"]["input_size"]))
+    return {c.device: c.images_per_second for c in read_costs(zoo) if (c.architecture, c.input_size) == network}

@@ -92,7 +92,7 @@ OTHERS = [
         readers.PUBLISHED,
     ),
     Target(
-        "config.json, recipe.yaml, speed.csv",
+        "config.json, recipe.yaml, cost.csv",
         "read_zoo, list_zoo and the zoo's tables",
         readers.make_zoo,
         readers.read_zoo,

@@ -42,7 +42,7 @@ ARCHITECTURE = "resnet20_cifar_iebn"
 RECIPE = Recipe(model=ARCHITECTURE, data="digits", epochs=2, milestones=(1,), batch_size=700, lr=0.01)
 TAG = f"{ARCHITECTURE}.digits_2epochs_seed0"
 PUBLISHED = tuple(f"{TAG}/{name}" for name in FILES)
-ZOO_FILES = (*(f"{TAG}/{name}" for name in ("config.json", "recipe.yaml")), "speed.csv")
+ZOO_FILES = (*(f"{TAG}/{name}" for name in ("config.json", "recipe.yaml")), "cost.csv")
 
 State = dict[str, Tensor]
 
@@ -152,8 +152,8 @@ def make_zoo(folder: Path) -> None:
     other.mkdir()
     for name in ("config.json", "recipe.yaml", "log.csv"):
         (other / name).write_text((folder / TAG / name).read_text().replace(ARCHITECTURE, "resnet20_cifar"))
-    speed = "architecture,input_size,device,batch_size,images_per_second,torch,date\n"
-    (folder / "speed.csv").write_text(speed + f"{ARCHITECTURE},1x32x32,CPU,128,900,2.9,2026-11-26\n")
+    cost = "architecture,input_size,parameters,macs,device,batch_size,images_per_second,torch,date\n"
+    (folder / "cost.csv").write_text(cost + f"{ARCHITECTURE},1x32x32,278000,40800000,CPU,128,900,2.9,2026-11-26\n")
 
 
 def read_zoo(folder: Path, _: None) -> bool:
