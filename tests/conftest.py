@@ -10,6 +10,7 @@ from training import RICH, USERS_OWN, run
 
 os.environ["ACCELERATE_USE_CPU"] = "true"  # equal bits are promised on one CPU
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the kernels, which run interpreted on the latter
+PATHS = ["torch operations", "C++", "C++ for AVX2"]  # of IEBN on CPU
 if DEVICE == "cpu":  # before the kernels are imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(1)  # two workers share two cores
@@ -47,6 +48,21 @@ def uninterrupted(tmp_path_factory):
     result = run("--output", folder, *RICH, cwd=folder.parent, fork=False)  # or order in sets would be that of others
     assert result.returncode == 0, result.stderr
     return folder
+
+
+@pytest.fixture(params=PATHS)
+def backend(request, monkeypatch):
+    """Runs a test on every implementation of the passes on CPU."""
+    from timm_iebn.ops import cpu
+
+    if request.param == "torch operations":
+        monkeypatch.setattr(cpu, "library", None)
+    elif cpu.library is None:
+        pytest.skip("the CPU library was not built: pip install -e . with a C++ compiler with OpenMP builds it")
+    elif request.param == "C++ for AVX2":
+        if torch.backends.cpu.get_cpu_capability() != "AVX512":
+            pytest.skip("'C++' is that already: the processor has no AVX-512")
+        monkeypatch.setattr(cpu, "library", cpu.load("AVX2"))
 
 
 def randomize(module: torch.nn.Module) -> torch.nn.Module:

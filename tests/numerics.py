@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from timm_iebn.ops import iebn_reference
 from timm_iebn.ops.activations import ACTIVATIONS
 
+SHAPES = [(4, 8, 7, 5), (1, 3, 6, 6), (16, 5, 1, 1), (3, 1, 33, 2), (2, 77, 9, 9), (40, 24, 29, 31)]
 MODES = ["train", "eval", "untracked"]
 LAYOUTS = dict(argvalues=[torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 DTYPES = dict(argvalues=[torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -6,29 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from numerics import MODES, check, check_without_gates, draw, running, strided
+from conftest import PATHS
+from numerics import MODES, SHAPES, check, check_without_gates, draw, running, strided
 from torch.nn import functional as F
 
 from timm_iebn.ops import cpu, iebn, iebn_eager, iebn_reference
 from timm_iebn.ops.reference import wide_dtype
-
-SHAPES = [(4, 8, 7, 5), (1, 3, 6, 6), (16, 5, 1, 1), (3, 1, 33, 2), (2, 77, 9, 9), (40, 24, 29, 31)]
-
-
-PATHS = ["torch operations", "C++", "C++ for AVX2"]
-
-
-@pytest.fixture(params=PATHS)
-def backend(request, monkeypatch):
-    """Runs a test on every implementation of the passes."""
-    if request.param == "torch operations":
-        monkeypatch.setattr(cpu, "library", None)
-    elif cpu.library is None:
-        pytest.skip("the CPU library was not built: pip install -e . with a C++ compiler with OpenMP builds it")
-    elif request.param == "C++ for AVX2":
-        if torch.backends.cpu.get_cpu_capability() != "AVX512":
-            pytest.skip("'C++' is that already: the processor has no AVX-512")
-        monkeypatch.setattr(cpu, "library", cpu.load("AVX2"))
 
 
 def test_the_library_is_built_of_these_sources_where_there_is_a_compiler():

@@ -11,7 +11,7 @@ from timm.layers.norm_act import _create_act
 from timm.layers.typing import LayerType
 from torch import Tensor, nn
 
-from .ops import batch_share, check_input, iebn, iebn_reference, uses_triton
+from .ops import batch_share, check_input, fuses, iebn, iebn_reference
 from .ops.activations import activation_name
 from .ops.reference import wide_dtype
 
@@ -240,7 +240,7 @@ class IEBNAct2d(IEBN2d):
             if _is_symbolic(self, x):
                 return _as_node(self, x)
             act = activation_name(self.act)
-            if act and activation_name(self.drop) == "" and isinstance(x, Tensor) and uses_triton(x):
+            if act and activation_name(self.drop) == "" and isinstance(x, Tensor) and fuses(x):
                 return self.normalize(x, act=act)
         return self.act(self.drop(self.normalize(x)))
 

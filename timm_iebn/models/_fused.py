@@ -1,4 +1,4 @@
-"""timm's residual blocks, with the additions and activations behind their IEBN layers fused where Triton computes them.
+"""timm's residual blocks, with additions and activations inside their IEBN layers where these can.
 
 The parameters, their names and the results are those of timm's blocks, whose own `forward` runs everywhere else.
 """
@@ -8,7 +8,7 @@ from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
 from ..layers import IEBN2d, as_plain
-from ..ops import uses_triton
+from ..ops import fuses
 from ..ops.activations import activation_name, is_hooked
 
 
@@ -18,7 +18,7 @@ def _is_off(module: nn.Module | None) -> bool:
 
 def _can_fuse(block: BasicBlock | Bottleneck, x: Tensor, depth: int) -> bool:
     """Whether nothing but an activation stands behind each norm of `block`, and no one looks between the two."""
-    if type(x) is not Tensor or torch.jit.is_tracing() or not uses_triton(x):
+    if type(x) is not Tensor or torch.jit.is_tracing() or not fuses(x):
         return False
     norms = [getattr(block, f"bn{i}") for i in range(1, depth + 1)]
     acts = [getattr(block, f"act{i}") for i in range(1, depth + 1)]

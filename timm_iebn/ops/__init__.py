@@ -5,11 +5,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.onnx import is_in_onnx_export
 
-from .activations import ACTIVATIONS
-from .backend import backend, get_backend, set_backend, triton, uses_reference, uses_triton
+from .activations import ACTIVATIONS, followed
+from .backend import backend, fits, fuses, get_backend, is_transformed, set_backend, triton, uses_reference, uses_triton
 from .eager import iebn_eager
 from .reference import iebn_reference, update_running
 
@@ -21,6 +20,7 @@ __all__ = [
     "backend",
     "batch_share",
     "check_input",
+    "fuses",
     "get_backend",
     "iebn",
     "iebn_eager",
@@ -53,11 +53,6 @@ def batch_share(num_batches_tracked: Tensor | None, momentum: float | None, trai
     return 1.0 / (float(num_batches_tracked) + 1.0)
 
 
-def _is_transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation is at work, of which the closed form knows nothing."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
 def iebn(
     x: Tensor,
     weight: Tensor | None,
@@ -87,7 +82,7 @@ def iebn(
         eps: added to the variance.
         group: take the batch's statistics over all ranks of this process group.
         residual: (N, C, H, W), added to the result.
-        act: the activation of it: 'relu', 'relu6', 'hard_swish', 'silu' or none. Where Triton is used, both are fused.
+        act: the activation of it: 'relu', 'relu6', 'hard_swish', 'silu' or none. Where `fuses(x)`, both are fused.
 
     Returns:
         (N, C, H, W) in the dtype and layout of `x`. Statistics and gates are computed in float32 or wider.
@@ -113,13 +108,13 @@ def iebn(
     # tensor subclasses (fake, distributed) and meta tensors have no values to look at or memory to keep
     symbolic = tracing or torch.compiler.is_compiling() or type(x) is not Tensor or x.is_meta
     share = batch_share(num_batches_tracked, momentum, training)
-    formula = uses_reference() or symbolic or _is_transformed()
+    formula = uses_reference() or symbolic or is_transformed()
     if group is not None:
         y = _synchronised(*tensors, training, share, eps, group, residual, act)
-    elif torch.compiler.is_compiling() and _fits(x, residual) and uses_triton(x) and not is_in_onnx_export():
+    elif torch.compiler.is_compiling() and fits(x, residual) and uses_triton(x) and not is_in_onnx_export():
         y = _compiled(*tensors, training, share, eps, residual, act)
     elif formula:
-        y = _followed(iebn_reference(*tensors, training, share, eps), residual, act)
+        y = followed(iebn_reference(*tensors, training, share, eps), residual, act)
     else:
         y = _eager(*tensors, training, share, eps, group, residual, act)
     if training and num_batches_tracked is not None:
@@ -127,26 +122,17 @@ def iebn(
     return y
 
 
-def _followed(y: Tensor, residual: Tensor | None, act: str) -> Tensor:
-    return ACTIVATIONS[act](y if residual is None else y + residual)
-
-
 def _eager(x: Tensor, *args: Any) -> Tensor:
-    *args, residual, act = args
     if not uses_triton(x):
-        return _followed(iebn_eager(x, *args), residual, act)
-    if _fits(x, residual):
+        return iebn_eager(x, *args)
+    *args, residual, act = args
+    if fits(x, residual):
         return iebn_fused(x, *args, residual, act)
-    return _followed(iebn_fused(x, *args), residual, act)
+    return followed(iebn_fused(x, *args), residual, act)
 
 
 # a compiler leaves the exchange between ranks, and what lies around it, as it is
 _synchronised = torch.compiler.disable(_eager)
-
-
-def _fits(x: Tensor, residual: Tensor | None) -> bool:
-    """Whether the fused kernels that take `x` take `residual` with it."""
-    return residual is None or (residual.shape == x.shape and residual.dtype == x.dtype)
 
 
 def _compiled(

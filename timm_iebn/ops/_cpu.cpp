@@ -83,14 +83,21 @@ struct Affine {
         if (c < end) some(Strip<1, false, true>{0, 1, 0, c, int(end - c)});
     }
 
-    template <class T>
-    void apply(const Shape& s, const Block& block, const T* x, T* y) const {
+    // The output, `residual` added if there is one, and then `act`.
+    template <class T, class Act>
+    void apply(const Shape& s, const Block& block, const T* x, const T* residual, Act act, T* y) const {
         s.walk(block, [&](auto strip) {
             const auto scale = strip.spread(scale_nc + block.image * s.c), center = strip.spread(mean);
             const auto shift = bias ? strip.spread(bias) : decltype(center){};
-            strip.each([&](int64_t row, int v) {
-                strip.put((strip.at(x, row, v) - center.v[v]) * scale.v[v] + shift.v[v], y, row, v);
-            });
+            const auto affine = [&](int64_t row, int v) {
+                return (strip.at(x, row, v) - center.v[v]) * scale.v[v] + shift.v[v];
+            };
+            if (residual)
+                strip.each([&](int64_t row, int v) {
+                    strip.put(act(affine(row, v) + strip.at(residual, row, v)), y, row, v);
+                });
+            else
+                strip.each([&](int64_t row, int v) { strip.put(act(affine(row, v)), y, row, v); });
         });
     }
 };
@@ -98,12 +105,14 @@ struct Affine {
 template <class T>
 void normalize(const Shape& s, const T* x, const float* mean_nc, const float* mean, const float* var, double eps,
                const float* weight, const float* bias, const float* gate_weight, const float* gate_bias, float* gate_nc,
-               T* y) {
+               const T* residual, int act, T* y) {
     const std::vector<float> slope = slopes(s, var, eps, weight);
     std::vector<float> scale_nc(s.n * s.c);
     const Affine affine{mean, slope.data(), bias, gate_weight, gate_bias, gate_nc, scale_nc.data()};
     s.parallel(s.n, [&](int64_t n) { affine.gates(s, n, 0, s.c, mean_nc); });
-    s.each_part([&](const Block& block) { affine.apply(s, block, x, y); });
+    with_activation(act, [&](auto activation) {
+        s.each_part([&](const Block& block) { affine.apply(s, block, x, residual, activation, y); });
+    });
 }
 
 // Statistics are given: each image is read from memory once, and from the cache when its means are known. Means and
@@ -111,12 +120,12 @@ void normalize(const Shape& s, const T* x, const float* mean_nc, const float* me
 template <class T>
 void infer(const Shape& s, const T* x, float* mean_nc, const float* mean, const float* var, double eps,
            const float* weight, const float* bias, const float* gate_weight, const float* gate_bias, float* gate_nc,
-           T* y) {
+           const T* residual, int act, T* y) {
     const std::vector<float> slope = slopes(s, var, eps, weight);
     std::vector<float> scale_nc(s.n * s.c), block_sum_nc(s.n * s.c), means_nc(mean_nc ? 0 : s.n * s.c);
     if (!mean_nc) mean_nc = means_nc.data();
     const Affine affine{mean, slope.data(), bias, gate_weight, gate_bias, gate_nc, scale_nc.data()};
-    const auto task = [&](int64_t n, int64_t begin, int64_t end) {
+    const auto task = [&](auto activation, int64_t n, int64_t begin, int64_t end) {
         float *means = mean_nc + n * s.c, *block_sum = block_sum_nc.data() + n * s.c;
         const int64_t step = s.channels_last ? end - begin : 1;
         std::fill(means + begin, means + end, 0.0f);
@@ -130,9 +139,12 @@ void infer(const Shape& s, const T* x, float* mean_nc, const float* mean, const 
         for (int64_t c = begin; c < end; ++c) means[c] /= s.hw;
         affine.gates(s, n, begin, end, mean_nc);
         for (int64_t c0 = begin; c0 < end; c0 += step)
-            s.each_block(n, c0, c0 + step, [&](const Block& block) { affine.apply(s, block, x, y); });
+            s.each_block(n, c0, c0 + step,
+                         [&](const Block& block) { affine.apply(s, block, x, residual, activation, y); });
     };
-    s.each_image(task, GROUP);
+    with_activation(act, [&](auto activation) {
+        s.each_image([&](int64_t n, int64_t begin, int64_t end) { task(activation, n, begin, end); }, GROUP);
+    });
 }
 
 template <class T>
@@ -238,7 +250,7 @@ int choose(int bf16, Run run) {
 
 extern "C" {
 
-extern const int iebn_interface = 5;  // cpu.py asks for it: a library of other arguments must not be called
+extern const int iebn_interface = 6;  // cpu.py asks for it: a library of other arguments must not be called
 
 int iebn_statistics(SHAPE, const void* x, float* mean_nc, float* mean, float* var) {
     const Shape s{n, c, hw, bool(channels_last), threads};
@@ -247,31 +259,35 @@ int iebn_statistics(SHAPE, const void* x, float* mean_nc, float* mean, float* va
 
 int iebn_normalize(SHAPE, const void* x, const float* mean_nc, const float* mean, const float* var, double eps,
                    const float* weight, const float* bias, const float* gate_weight, const float* gate_bias,
-                   float* gate_nc, void* y) {
+                   float* gate_nc, const void* residual, int act, void* y) {
     const Shape s{n, c, hw, bool(channels_last), threads};
     return choose(bf16, [&](auto t) {
         typedef decltype(t) T;
-        normalize(s, (const T*)x, mean_nc, mean, var, eps, weight, bias, gate_weight, gate_bias, gate_nc, (T*)y);
+        normalize(s, (const T*)x, mean_nc, mean, var, eps, weight, bias, gate_weight, gate_bias, gate_nc,
+                  (const T*)residual, act, (T*)y);
     });
 }
 
 int iebn_forward(SHAPE, const void* x, float* mean_nc, float* mean, float* var, double eps, const float* weight,
-                 const float* bias, const float* gate_weight, const float* gate_bias, float* gate_nc, void* y) {
+                 const float* bias, const float* gate_weight, const float* gate_bias, float* gate_nc,
+                 const void* residual, int act, void* y) {
     const Shape s{n, c, hw, bool(channels_last), threads};
     return choose(bf16, [&](auto t) {
         typedef decltype(t) T;
         statistics(s, (const T*)x, mean_nc, mean, var);
-        normalize(s, (const T*)x, mean_nc, mean, var, eps, weight, bias, gate_weight, gate_bias, gate_nc, (T*)y);
+        normalize(s, (const T*)x, mean_nc, mean, var, eps, weight, bias, gate_weight, gate_bias, gate_nc,
+                  (const T*)residual, act, (T*)y);
     });
 }
 
 int iebn_infer(SHAPE, const void* x, float* mean_nc, const float* mean, const float* var, double eps,
                const float* weight, const float* bias, const float* gate_weight, const float* gate_bias, float* gate_nc,
-               void* y) {
+               const void* residual, int act, void* y) {
     const Shape s{n, c, hw, bool(channels_last), threads};
     return choose(bf16, [&](auto t) {
         typedef decltype(t) T;
-        infer(s, (const T*)x, mean_nc, mean, var, eps, weight, bias, gate_weight, gate_bias, gate_nc, (T*)y);
+        infer(s, (const T*)x, mean_nc, mean, var, eps, weight, bias, gate_weight, gate_bias, gate_nc,
+              (const T*)residual, act, (T*)y);
     });
 }
 

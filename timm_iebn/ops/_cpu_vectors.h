@@ -113,4 +113,32 @@ Vec sigmoid(Vec z) {
     return z == z ? 1 / (1 + (Vec)((Bits)e + ((Bits)shifted << 23))) : z;
 }
 
+// What may stand behind the layer; `cpu.py` knows them by their place here. NaN stays NaN.
+struct None {
+    Vec operator()(Vec y) const { return y; }
+};
+struct ReLU {
+    Vec operator()(Vec y) const { return y < 0 ? Vec{} : y; }
+};
+struct ReLU6 {
+    Vec operator()(Vec y) const { return y < 0 ? Vec{} : y > 6 ? Vec{} + 6 : y; }
+};
+struct HardSwish {
+    Vec operator()(Vec y) const { return y * ReLU6{}(y + 3) * (1.f / 6); }
+};
+struct SiLU {
+    Vec operator()(Vec y) const { return y * sigmoid(y); }
+};
+
+template <class Body>
+void with_activation(int act, const Body& body) {
+    switch (act) {
+        case 1: return body(ReLU{});
+        case 2: return body(ReLU6{});
+        case 3: return body(HardSwish{});
+        case 4: return body(SiLU{});
+        default: return body(None{});
+    }
+}
+
 }  // namespace

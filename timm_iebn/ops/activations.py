@@ -33,6 +33,11 @@ _GLOBAL_HOOKS = (
 )
 
 
+def followed(y: Tensor, residual: Tensor | None, act: str) -> Tensor:
+    """What stands behind the layer, unfused: `residual` added to `y`, and `act` applied."""
+    return ACTIVATIONS[act](y if residual is None else y + residual)
+
+
 def is_hooked(module: nn.Module) -> bool:
     """Whether someone looks at what goes in or out of `module`, or has replaced its `forward`: it must be called."""
     own = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks

@@ -7,6 +7,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..messages import describe
 from . import cpu, passes
@@ -105,6 +106,28 @@ def uses_triton(x: Tensor) -> bool:
         return False
     # who forces it sees Triton's own error, and who compiles needs Triton anyway
     return _chosen == "triton" or torch.compiler.is_compiling() or _triton_works(x.device)
+
+
+def is_transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work, of which the closed form knows nothing."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def fits(x: Tensor, residual: Tensor | None) -> bool:
+    """Whether the fused kernels that take `x` take `residual` with it."""
+    if residual is None:
+        return True
+    return residual.shape == x.shape and residual.dtype == x.dtype and residual.device == x.device
+
+
+def fuses(x: Tensor) -> bool:
+    """Whether a residual and an activation behind the layer cost no pass over `x` of their own: with Triton's kernels,
+    and in inference with the library on CPU.
+    """
+    if uses_reference() or is_transformed():
+        return False
+    is_inference = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return uses_triton(x) or (is_inference and x.dim() == 4 and cpu.supports(x))
 
 
 def passes_for(x: Tensor) -> ModuleType:

@@ -1,8 +1,9 @@
 """The four passes of IEBN on CPU in C++ (`_cpu.cpp`): float32 and bfloat16, NCHW and channels last.
 
-They read and write what batch norm does, and make no temporary of the input's size. They are compiled when the package
-is installed, where there is a compiler that can; everywhere else, `library` is None and `passes` does the same in torch
-operations. The arguments and results are those of `passes`. `forward` and `backward` make two passes in one call.
+They read and write what batch norm does, and make no temporary of the input's size; in inference, a residual is added
+and an activation applied on the way. They are compiled when the package is installed, where there is a compiler that
+can; everywhere else, `library` is None and `passes` does the same in torch operations. The arguments and results are
+those of `passes`. `forward` and `backward` make two passes in one call.
 """
 
 import ctypes
@@ -14,15 +15,18 @@ from ctypes import c_double, c_int, c_int64, c_void_p
 import torch  # before the library, so that both use one pool of threads
 from torch import Tensor
 
-from .layouts import is_channels_last, is_dense
+from .activations import ACTIVATIONS
+from .layouts import is_channels_last, is_dense, like
 
-_INTERFACE = 5  # of `_cpu.cpp`; both change when arguments do
+_INTERFACE = 6  # of `_cpu.cpp`; both change when arguments do
+_ACTS = {name: number for number, name in enumerate(ACTIVATIONS)}  # as `with_activation` has them
 _SHAPE = [c_int64] * 3 + [c_int] * 3
+_FORWARD = [c_void_p] * 4 + [c_double] + [c_void_p] * 6 + [c_int, c_void_p]
 _ARGUMENTS = {
     "statistics": [c_void_p] * 4,
-    "normalize": [c_void_p] * 4 + [c_double] + [c_void_p] * 6,
-    "forward": [c_void_p] * 4 + [c_double] + [c_void_p] * 6,
-    "infer": [c_void_p] * 4 + [c_double] + [c_void_p] * 6,
+    "normalize": _FORWARD,
+    "forward": _FORWARD,
+    "infer": _FORWARD,
     "reduce": [c_void_p] * 6 + [c_double] + [c_void_p] * 7,
     "grad_input": [c_void_p] * 6 + [c_double] + [c_void_p] * 3 + [c_double, c_void_p],
     "backward": [c_void_p] * 6 + [c_double] + [c_void_p] * 8 + [c_double, c_void_p],
@@ -116,7 +120,7 @@ def normalize(
     vectors = _dense(x.shape[1:2], mean, var, weight, bias, gate_weight, gate_bias)
     mean_p, var_p, *params = map(_pointer, vectors)
     inputs = _pointer(x), _pointer(mean_NC), mean_p, var_p
-    library.iebn_normalize(*_shape(x), *inputs, eps, *params, _pointer(gate_NC), _pointer(y))
+    library.iebn_normalize(*_shape(x), *inputs, eps, *params, _pointer(gate_NC), None, 0, _pointer(y))
     return y, gate_NC
 
 
@@ -171,9 +175,11 @@ def forward(
     gate_weight: Tensor,
     gate_bias: Tensor,
     keep: bool,
+    residual: Tensor | None = None,
+    act: str = "",
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
-    """The output; instance means and gates (N, C), if they are to be kept or the batch's mean and variance are taken;
-    mean and variance (C,), the batch's where none are given.
+    """The output, with `residual` of its shape added and `act` applied; instance means and gates (N, C), if they are to
+    be kept or the batch's mean and variance are taken; mean and variance (C,), the batch's where none are given.
     """
     y, mean_NC, gate_NC, function = torch.empty_like(x), None, None, library.iebn_infer
     if keep or mean is None:
@@ -185,7 +191,8 @@ def forward(
     vectors = _dense(x.shape[1:2], mean, var, weight, bias, gate_weight, gate_bias)
     mean_p, var_p, *params = map(_pointer, vectors)
     inputs = _pointer(x), _pointer(mean_NC), mean_p, var_p
-    function(*_shape(x), *inputs, eps, *params, _pointer(gate_NC), y.data_ptr())
+    residual = None if residual is None else like(residual, x)
+    function(*_shape(x), *inputs, eps, *params, *map(_pointer, (gate_NC, residual)), _ACTS[act], y.data_ptr())
     return y, mean_NC, gate_NC, mean, var
 
 

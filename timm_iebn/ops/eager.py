@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import cpu, passes
-from .activations import ACTIVATIONS
-from .backend import passes_for
+from .activations import ACTIVATIONS, followed
+from .backend import fits, passes_for
 from .layouts import like
 from .reference import iebn_reference, update_running, wide_dtype
 
@@ -51,7 +51,10 @@ class _IEBN(torch.autograd.Function):
         momentum: float,
         eps: float,
         group: dist.ProcessGroup | None,
+        residual: Tensor | None = None,
+        act: str = "",
     ) -> Tensor:
+        """`residual` is added and `act` applied in inference alone."""
         backend, params = passes_for(x), (weight, bias, gate_weight, gate_bias)
         # 0 says to `backward` that mean and var are constants
         count = x.shape[0] * x.shape[2] * x.shape[3] if batch else 0
@@ -60,8 +63,9 @@ class _IEBN(torch.autograd.Function):
             # for backward copies, which do not move with the running statistics
             wide, copy = wide_dtype(x), ctx is not None
             mean, var = running_mean.to(wide, copy=copy), running_var.to(wide, copy=copy)
-        if backend is cpu and group is None and x.numel():
-            y, mean_NC, gate_NC, mean, var = cpu.forward(x, mean, var, eps, *params, keep=ctx is not None)
+        if backend is cpu and group is None and x.numel() and fits(x, residual):
+            kept = cpu.forward(x, mean, var, eps, *params, keep=ctx is not None, residual=residual, act=act)
+            y, mean_NC, gate_NC, mean, var = kept
         else:
             mean_NC, *own = backend.statistics(x, batch)
             mean, var = own if batch else (mean, var)
@@ -70,6 +74,7 @@ class _IEBN(torch.autograd.Function):
             if group is not None:
                 mean, var, count = merge_statistics(mean, var, count, group)
             y, gate_NC = backend.normalize(x, mean_NC, mean, var, eps, *params)
+            y = followed(y, residual, act)
         if batch and running_mean is not None and (group is not None or x.numel()):
             update_running(running_mean, running_var, mean, var * (count / (count - 1)), momentum)
         if ctx is not None:
@@ -132,7 +137,7 @@ def reference_grads(
     # views, because one input may be a function of another, and theirs are partial derivatives
     inputs = tuple(None if t is None else t.view_as(t) for t in (*inputs, residual))
     y = iebn_reference(*inputs[:5], mean, var, training=False, momentum=0.0, eps=ctx.eps)
-    y = ACTIVATIONS[act](y if residual is None else y + inputs[5])
+    y = followed(y, inputs[5], act)
     needed = [t is not None and need for t, need in zip(inputs, ctx.needs_input_grad, strict=False)]
     wanted = [t for t, need in zip(inputs, needed, strict=True) if need]
     found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True)) if wanted else iter(())
@@ -178,10 +183,15 @@ def iebn_eager(
     momentum: float,
     eps: float,
     group: dist.ProcessGroup | None = None,
+    residual: Tensor | None = None,
+    act: str = "",
 ) -> Tensor:
-    """As `iebn_reference`. With `group`, the batch is that of all its ranks, which must call in the same order.
+    """As `iebn_reference`, with `residual` added and `act` applied behind, in one where no gradient is wanted. With
+    `group`, the batch is that of all its ranks, which must call in the same order.
 
     Differentiable twice, the second time through the reference; not with `group`.
     """
-    inputs = x, weight, bias, gate_weight, gate_bias
-    return call(_IEBN, inputs, running_mean, running_var, training, momentum, eps, group)
+    given = (x, weight, bias, gate_weight, gate_bias), running_mean, running_var, training, momentum, eps, group
+    if torch.is_grad_enabled():
+        return followed(call(_IEBN, *given), residual, act)
+    return call(_IEBN, *given, residual, act)
