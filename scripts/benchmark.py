@@ -22,9 +22,10 @@ import timm
 import torch
 from rich.console import Console
 from rich.table import Table
+from timm.layers import BatchNormAct2d
 from torch import nn
 
-from timm_iebn import IEBN2d
+from timm_iebn import IEBN2d, IEBNAct2d
 from timm_iebn.recipe import Recipe
 from timm_iebn.training import Trainer
 
@@ -84,13 +85,14 @@ def train_rows(repeats: int) -> list[Row]:
 
 
 def inference_rows(repeats: int) -> list[Row]:
-    """One layer in eval, in both layouts, and ResNet-50 on 224x224 images, batch 8."""
+    """One layer in eval, alone and with ReLU, in both layouts, and ResNet-50 on 224x224 images, batch 8."""
     rows = []
-    for dtype, shape, layout in product((torch.float32, torch.bfloat16), LAYER_SHAPES, LAYOUTS):
+    pairs = {"a layer": (nn.BatchNorm2d, IEBN2d), "one with ReLU": (BatchNormAct2d, IEBNAct2d)}
+    for what, dtype, shape, layout in product(pairs, (torch.float32, torch.bfloat16), LAYER_SHAPES, LAYOUTS):
         x = torch.randn(shape, dtype=dtype).contiguous(memory_format=layout)
-        layers = [layer(shape[1]).eval() for layer in (nn.BatchNorm2d, IEBN2d)]
+        layers = [layer(shape[1]).eval() for layer in pairs[what]]
         with torch.inference_mode():
-            name = f"inference of a layer {shape} {str(dtype).removeprefix('torch.')} {LAYOUTS[layout]}"
+            name = f"inference of {what} {shape} {str(dtype).removeprefix('torch.')} {LAYOUTS[layout]}"
             rows.append(compare(name, *(partial(layer, x) for layer in layers), repeats))
     images = torch.randn(8, 3, 224, 224).to(memory_format=torch.channels_last)
     models = [
