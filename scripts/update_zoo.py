@@ -43,7 +43,8 @@ COSTS = """
 ## What the networks cost
 
 Parameters with 100 classes, multiply-accumulates of convolutions and matrix products for one image, and images per
-second in inference, measured by `scripts/zoo_cost.py`; in brackets, against batch norm.
+second in inference in float32, measured by `scripts/zoo_cost.py`; in brackets, against batch norm. On a machine that
+others share, measured twice, speeds of batch norm itself differed by up to 14 %: a few percent say little.
 
 """
 STUDIES = """

@@ -2,8 +2,8 @@
 
     python scripts/zoo_cost.py [PATTERN ...] [--threads N] [--repeats N] [--batch-size N]
 
-Measured are the networks that timm lists for the patterns, by default all those for 32x32 images, and the zoo's for
-images of another size. They take turns in one process, in float32 and channels last, on CUDA where there is one; a
+Measured are the networks that timm lists for the patterns; by default those for 32x32 images, and the zoo's for images
+of another size. They take turns in one process, in float32 and channels last, on CUDA where there is one; a
 speed is the median of the repeats. Rows of other devices and networks stay. Nothing else may run meanwhile.
 `update_zoo.py` then writes the table.
 """
@@ -30,16 +30,17 @@ from timm_iebn.zoo import WEIGHTS, ZOO, read_zoo
 
 FIELDS = ("architecture", "input_size", "parameters", "macs", "device", "batch_size", "images_per_second")
 FIELDS += ("torch", "date")
+KEY = ("architecture", "device", "batch_size", "input_size")
 Networks = dict[tuple[str, tuple[int, ...]], nn.Module]  # by architecture and input size
 
 
 def create_networks(patterns: list[str]) -> Networks:
-    """The networks that timm lists, as registered, and those of the zoo that are for images of another size."""
+    """The networks that timm lists, as registered; without patterns those for 32x32 images and the zoo's."""
     networks = {}
-    for name in dict.fromkeys(name for pattern in patterns for name in timm.list_models(pattern)):
+    for name in dict.fromkeys(name for pattern in patterns or ["*_cifar*"] for name in timm.list_models(pattern)):
         model = timm.create_model(name)
         networks[name, tuple(model.pretrained_cfg["input_size"])] = model
-    for folder, config in read_zoo(ZOO).items():
+    for folder, config in read_zoo(ZOO).items() if not patterns else ():
         key = config["architecture"], tuple(config["pretrained_cfg"]["input_size"])
         if key not in networks and (folder / WEIGHTS).exists():
             networks[key] = timm.create_model(f"local-dir:{folder}", pretrained=True)
@@ -75,10 +76,10 @@ def device_name(device: torch.device) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("patterns", nargs="*", default=["*_cifar*"], metavar="PATTERN")
+    parser.add_argument("patterns", nargs="*", metavar="PATTERN")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--repeats", type=int, default=50)
-    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--output", type=Path, default=ZOO / "cost.csv", help="default: zoo/cost.csv")
     args = parser.parse_args()
     networks = create_networks(args.patterns)
@@ -87,15 +88,15 @@ def main() -> None:
     name, rows = device_name(device), {}
     if args.output.exists():
         with open(args.output, newline="") as file:
-            rows = {(row["architecture"], row["device"], row["input_size"]): row for row in csv.DictReader(file)}
+            rows = {tuple(row[k] for k in KEY): row for row in csv.DictReader(file)}
     about = dict(device=name, batch_size=args.batch_size, torch=torch.__version__, date=str(date.today()))
     speeds = measure(networks, device, args.repeats, args.batch_size)
     for ((architecture, input_size), model), speed in zip(networks.items(), speeds, strict=True):
-        size = "x".join(map(str, input_size))
-        row = dict(architecture=architecture, input_size=size, images_per_second=f"{speed:.4g}")
+        size, shown = "x".join(map(str, input_size)), f"{speed:.4g}" if speed < 1e4 else f"{speed:.0f}"
+        row = dict(architecture=architecture, input_size=size, images_per_second=shown)
         row |= dict(parameters=sum(p.numel() for p in model.parameters()), macs=count_macs(model, input_size))
-        rows[architecture, name, size] = row | about
-        print(f"{architecture:32} {row['images_per_second']:>8} images/s on {name}")
+        rows[architecture, name, str(args.batch_size), size] = row | about
+        print(f"{architecture:32} {shown:>8} images/s on {name}")
     text = io.StringIO()
     writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
     writer.writeheader()

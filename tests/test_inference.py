@@ -5,10 +5,13 @@ import timm
 import torch
 from conftest import randomize
 from numerics import LAYOUTS, SHAPES, composed, draw, running, strided
+from timm.layers import DropPath
 from timm.models.resnet import BasicBlock, Bottleneck
+from torch.testing._internal.two_tensor import TwoTensor
 
-from timm_iebn import IEBNAct2d
+from timm_iebn import IEBN2d, IEBNAct2d
 from timm_iebn import backend as use_backend
+from timm_iebn.models._fused import fuse_blocks
 from timm_iebn.ops import cpu, fuses, iebn, iebn_eager
 from timm_iebn.ops.activations import ACTIVATIONS
 
@@ -52,6 +55,15 @@ def test_not_a_number_stays_one(act, backend):
     assert torch.equal(y.isnan(), residual.isnan())
 
 
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_large_values_are_those_of_torch(act, backend):
+    x, one = torch.zeros(1, 16, 1, 4), torch.ones(16)
+    residual = torch.tensor([-1e38, -200.0, 200.0, 1e38]).expand_as(x).contiguous()
+    with torch.no_grad():
+        y = iebn_eager(x, one, 0 * one, 0 * one, one, 0 * one, one, False, 0.1, 1e-5, residual=residual, act=act)
+    torch.testing.assert_close(y, ACTIVATIONS[act](residual))
+
+
 @needs_library
 @pytest.mark.parametrize("odd", [strided, torch._neg_view, lambda t: t.to(memory_format=torch.channels_last)])
 def test_a_residual_may_lie_in_any_way(odd):
@@ -69,10 +81,42 @@ def test_a_residual_that_does_not_fit_is_added_as_torch_does():
     with torch.no_grad():
         for residual in (torch.randn(24, 1, 1), torch.randn(2, 24, 5, 5).double()):
             torch.testing.assert_close(iebn(*args, residual=residual), iebn(*args) + residual)
+        torch.testing.assert_close(iebn(*args, residual=x.to_sparse()), iebn(*args) + x)
         with pytest.raises(RuntimeError, match="must match the size"):
             iebn(*args, residual=torch.randn(2, 24, 5, 4))
         with pytest.raises((RuntimeError, NotImplementedError)):
             iebn(*args, residual=torch.randn(2, 24, 5, 5, device="meta")).sum().item()
+
+
+@needs_library
+def test_a_residual_without_memory_of_its_own_is_added():
+    """As of distributed tensors: the library would read nothing where it is."""
+    x, one = torch.randn(2, 24, 5, 5), torch.ones(24)
+    args = x, one, 0 * one, 0 * one, one, 0 * one, one, None, False, 0.1, 1e-5
+    with torch.no_grad():
+        y = iebn(*args, residual=TwoTensor(x, 2 * x), act="relu")
+        torch.testing.assert_close(y.a, (iebn(*args) + x).relu())
+        torch.testing.assert_close(y.b, (iebn(*args) + 2 * x).relu())
+
+
+@needs_library
+@pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
+def test_a_block_is_as_random_and_as_wide_without_a_gradient(block, seen):
+    made = fuse_blocks(block(16, 16 // block.expansion, norm_layer=IEBN2d, drop_path=DropPath(0.5))).eval()
+    x, calls = torch.randn(64, 16, 5, 5), []
+    made.drop_path.train()
+    with torch.no_grad():
+        assert not torch.equal(made(x), made(x))
+        made.drop_path.eval()
+        assert torch.equal(made(x), made(x)) and (True, "relu") in seen
+        made.drop_path.register_forward_hook(lambda *_: calls.append(1))
+        made(x)
+    assert calls
+    with torch.autocast("cpu", torch.bfloat16):
+        types = [made(x).dtype]
+        with torch.no_grad():
+            types.append(made(x).dtype)
+    assert types[0] == types[1]
 
 
 @pytest.fixture

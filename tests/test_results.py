@@ -28,7 +28,7 @@ def add_run(zoo, name, top1, architecture=None, **recipe):
 
 
 def write_costs(zoo, *rows):
-    head = "architecture,input_size,parameters,macs,device,images_per_second"
+    head = "architecture,input_size,parameters,macs,device,batch_size,images_per_second"
     (zoo / "cost.csv").write_text("\n".join((head, *rows)) + "\n")
 
 
@@ -45,7 +45,7 @@ def test_runs_that_differ_in_norm_and_seed_are_compared(tmp_path):
     add_run(tmp_path, "b", 72.0, seed=1)
     add_run(tmp_path, "c", 75.0, model="resnet164_cifar_iebn")
     add_run(tmp_path, "d", 60.0, lr=0.2)
-    write_costs(tmp_path, "resnet164_cifar,3x32x32,1,1,CPU,61.6")
+    write_costs(tmp_path, "resnet164_cifar,3x32x32,1,1,CPU,8,61.6")
     add_run(tmp_path, "e", 72.0, model="resnet164_cifar_se")
     add_run(tmp_path, "f", 74.0, model="resnet164_cifar_se", seed=1)
     add_run(tmp_path, "g", 76.0, model="resnet164_cifar_iebn", model_args=dict(neutral_gates=True), seed=1)
@@ -71,16 +71,17 @@ def test_runs_that_differ_in_norm_and_seed_are_compared(tmp_path):
 
 
 def test_costs_stand_beside_those_of_the_twin_on_the_same_device(tmp_path):
-    rows = ["big,3x32x32,2000000,9000000,CPU,100", "big_iebn,3x32x32,2010000,9000000,CPU,94"]
-    rows += ["big_se,3x32x32,2200000,9100000,GPU,5000", "alone_iebn,3x32x32,500,600,CPU,7.25"]
-    write_costs(tmp_path, *rows, "big_iebn,1x8x8,2010000,500000,CPU,2000")
+    rows = ["big,3x32x32,2000000,9000000,CPU,8,100", "big_iebn,3x32x32,2010000,9000000,CPU,8,94"]
+    rows += ["big_se,3x32x32,2200000,9100000,GPU,8,5000", "alone_iebn,3x32x32,500,600,CPU,8,7.25"]
+    write_costs(tmp_path, *rows, "big_iebn,1x8x8,2010000,500000,CPU,8,2000", "big_se,3x32x32,1,2,CPU,16,99")
     found = [tuple(row) for row in cells(costs_table(read_costs(tmp_path)))]
     assert found == [
-        ("big", "1x8x8", "IEBN", "2.01 M", "0.5 M", "2000", "CPU"),
-        ("alone", "3x32x32", "IEBN", "500", "600", "7.25", "CPU"),
-        ("big", "3x32x32", "batch norm", "2 M", "9 M", "100", "CPU"),
-        ("big", "3x32x32", "IEBN", "2.01 M (+0.50 %)", "9 M", "94 (-6 %)", "CPU"),
-        ("big", "3x32x32", "squeeze-and-excitation", "2.2 M", "9.1 M", "5000", "GPU"),
+        ("big", "1x8x8", "IEBN", "2.01 M", "0.5 M", "2000", "8", "CPU"),
+        ("alone", "3x32x32", "IEBN", "500", "600", "7.25", "8", "CPU"),
+        ("big", "3x32x32", "batch norm", "2 M", "9 M", "100", "8", "CPU"),
+        ("big", "3x32x32", "IEBN", "2.01 M (+0.50 %)", "9 M", "94 (-6 %)", "8", "CPU"),
+        ("big", "3x32x32", "squeeze-and-excitation", "1", "2", "99", "16", "CPU"),
+        ("big", "3x32x32", "squeeze-and-excitation", "2.2 M", "9.1 M", "5000", "8", "GPU"),
     ]
 
 

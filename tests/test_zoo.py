@@ -105,13 +105,13 @@ def test_the_costs_of_networks_are_measured_and_those_of_others_stay(tmp_path):
     path.write_text("architecture,input_size,parameters,macs,device,batch_size,images_per_second,torch,date\n")
     with open(path, "a") as file:
         file.write("resnet20_cifar,3x32x32,1,2,another,128,9.5,2.14,2026-11-25\n")
-    args = ["resnet20_cifar*", "--output", path, "--repeats", "1", "--batch-size", "2"]
+    args = ["resnet32_cifar*", "--output", path, "--repeats", "1", "--batch-size", "2"]
     result = run(*args, cwd=tmp_path, script="zoo_cost.py")
     assert result.returncode == 0, result.stderr
     first, *measured = sorted(zoo.read_costs(tmp_path), key=lambda cost: cost.device != "another")
-    assert first == zoo.Cost("resnet20_cifar", "3x32x32", 1, 2, "another", 9.5)
+    assert first == zoo.Cost("resnet20_cifar", "3x32x32", 1, 2, "another", 128, 9.5)
     assert all(cost.images_per_second > 0 for cost in measured)
-    assert {cost.architecture for cost in measured} == {f"resnet20_cifar{norm}" for norm in ("", "_iebn", "_se")}
+    assert {cost.architecture for cost in measured} == {f"resnet32_cifar{norm}" for norm in ("", "_iebn", "_se")}
     shipped = {cost[:4] for cost in zoo.read_costs()}
     assert {cost[:4] for cost in measured} <= shipped
 

@@ -161,24 +161,26 @@ def results_table(comparisons: list[Comparison], zoo: Path) -> str:
 
 
 def costs_table(costs: list[Cost]) -> str:
-    """What networks cost as a Markdown table, the cheap ones first; in brackets, against batch norm on that device."""
-    lines = ["| Network | Images | Norm | Parameters | MACs | Images/s | Device |", "|---|---|---|---|---|---|---|"]
-    measured = {(cost.device, cost.input_size, cost.architecture): cost for cost in costs}
+    """What networks cost as a Markdown table, the cheap ones first; in brackets, against batch norm in its place."""
+    lines = ["| Network | Images | Norm | Parameters | MACs | Images/s | Batch | Device |"]
+    lines.append(f"|{'---|' * 8}")
+    measured = {(cost.device, cost.batch_size, cost.input_size, cost.architecture): cost for cost in costs}
 
     def place(cost: Cost) -> tuple[Any, ...]:
         norm = _norm_named(cost.architecture)
         name = cost.architecture.removesuffix(norm.suffix)
-        twin = measured.get((cost.device, cost.input_size, name), cost)
-        return cost.device, cost.input_size, twin.macs, name, NORMS.index(norm)
+        twin = measured.get((cost.device, cost.batch_size, cost.input_size, name), cost)
+        return cost.device, cost.batch_size, cost.input_size, twin.macs, name, NORMS.index(norm)
 
     for cost in sorted(costs, key=place):
-        device, size, _, name, norm = place(cost)
+        device, batch, size, _, name, norm = place(cost)
         sizes, speed = count(cost.parameters), f"{cost.images_per_second:g}"
-        twin = measured.get((device, size, name))
+        twin = measured.get((device, batch, size, name))
         if twin and twin is not cost:
             sizes += f" ({100 * (cost.parameters / twin.parameters - 1):+.2f} %)"
             speed += f" ({100 * (cost.images_per_second / twin.images_per_second - 1):+.0f} %)"
-        lines.append(f"| {' | '.join((name, size, NORMS[norm].name, sizes, count(cost.macs), speed, device))} |")
+        cells = name, size, NORMS[norm].name, sizes, count(cost.macs), speed, str(batch), device
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -247,6 +247,7 @@ class Cost(NamedTuple):
     parameters: int
     macs: int  # of convolutions and matrix products, for one image
     device: str
+    batch_size: int
     images_per_second: float
 
 

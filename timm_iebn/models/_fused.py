@@ -4,6 +4,7 @@ The parameters, their names and the results are those of timm's blocks, whose ow
 """
 
 import torch
+from timm.layers import DropPath
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
@@ -13,6 +14,9 @@ from ..ops.activations import activation_name, is_hooked
 
 
 def _is_off(module: nn.Module | None) -> bool:
+    """Whether `module` does nothing, and no one looks."""
+    if type(module) is DropPath:
+        return not module.training and not is_hooked(module)
     return module is None or activation_name(module) == ""
 
 
@@ -25,8 +29,7 @@ def _can_fuse(block: BasicBlock | Bottleneck, x: Tensor, depth: int) -> bool:
     return (
         all(type(norm) is IEBN2d and not is_hooked(norm) for norm in norms)
         and all(activation_name(act) is not None for act in acts)
-        and all(_is_off(module) for module in (block.drop_block, block.aa, block.se))
-        and (_is_off(block.drop_path) or not block.training)
+        and all(_is_off(module) for module in (block.drop_block, block.aa, block.se, block.drop_path))
     )
 
 
@@ -39,7 +42,8 @@ class FusedBasicBlock(BasicBlock):
             return BasicBlock.forward(self, x)
         shortcut = x if self.downsample is None else self.downsample(x)
         x = self.bn1.normalize(self.conv1(x), act=activation_name(self.act1))
-        return self.bn2.normalize(self.conv2(x), shortcut, activation_name(self.act2))
+        x = self.conv2(x)
+        return self.bn2.normalize(x, shortcut.to(x.dtype), activation_name(self.act2))  # timm adds in place
 
     def __prepare_scriptable__(self) -> BasicBlock:
         return as_plain(self, BasicBlock)
@@ -55,7 +59,8 @@ class FusedBottleneck(Bottleneck):
         shortcut = x if self.downsample is None else self.downsample(x)
         x = self.bn1.normalize(self.conv1(x), act=activation_name(self.act1))
         x = self.bn2.normalize(self.conv2(x), act=activation_name(self.act2))
-        return self.bn3.normalize(self.conv3(x), shortcut, activation_name(self.act3))
+        x = self.conv3(x)
+        return self.bn3.normalize(x, shortcut.to(x.dtype), activation_name(self.act3))  # timm adds in place
 
     def __prepare_scriptable__(self) -> Bottleneck:
         return as_plain(self, Bottleneck)

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import Parameter
 from torch.onnx import is_in_onnx_export
 
 from .activations import ACTIVATIONS, followed
@@ -82,7 +83,8 @@ def iebn(
         eps: added to the variance.
         group: take the batch's statistics over all ranks of this process group.
         residual: (N, C, H, W), added to the result.
-        act: the activation of it: 'relu', 'relu6', 'hard_swish', 'silu' or none. Where `fuses(x)`, both are fused.
+        act: the activation of it: 'relu', 'relu6', 'hard_swish', 'silu' or none. Both are fused where `fuses(x)` and
+            the residual is like `x`; on CPU not with `group`.
 
     Returns:
         (N, C, H, W) in the dtype and layout of `x`. Statistics and gates are computed in float32 or wider.
@@ -106,7 +108,8 @@ def iebn(
             )
     tensors = (x, *vectors)
     # tensor subclasses (fake, distributed) and meta tensors have no values to look at or memory to keep
-    symbolic = tracing or torch.compiler.is_compiling() or type(x) is not Tensor or x.is_meta
+    plain = type(x) is Tensor and not x.is_meta and type(residual) in (type(None), Tensor, Parameter)
+    symbolic = tracing or torch.compiler.is_compiling() or not plain
     share = batch_share(num_batches_tracked, momentum, training)
     formula = uses_reference() or symbolic or is_transformed()
     if group is not None:

@@ -125,7 +125,7 @@ void infer(const Shape& s, const T* x, float* mean_nc, const float* mean, const 
     std::vector<float> scale_nc(s.n * s.c), block_sum_nc(s.n * s.c), means_nc(mean_nc ? 0 : s.n * s.c);
     if (!mean_nc) mean_nc = means_nc.data();
     const Affine affine{mean, slope.data(), bias, gate_weight, gate_bias, gate_nc, scale_nc.data()};
-    const auto task = [&](auto activation, int64_t n, int64_t begin, int64_t end) {
+    const auto task = [&](int64_t n, int64_t begin, int64_t end, auto activation) {
         float *means = mean_nc + n * s.c, *block_sum = block_sum_nc.data() + n * s.c;
         const int64_t step = s.channels_last ? end - begin : 1;
         std::fill(means + begin, means + end, 0.0f);
@@ -143,7 +143,7 @@ void infer(const Shape& s, const T* x, float* mean_nc, const float* mean, const 
                          [&](const Block& block) { affine.apply(s, block, x, residual, activation, y); });
     };
     with_activation(act, [&](auto activation) {
-        s.each_image([&](int64_t n, int64_t begin, int64_t end) { task(activation, n, begin, end); }, GROUP);
+        s.each_image([&](int64_t n, int64_t begin, int64_t end) { task(n, begin, end, activation); }, GROUP);
     });
 }
 

@@ -113,7 +113,7 @@ Vec sigmoid(Vec z) {
     return z == z ? 1 / (1 + (Vec)((Bits)e + ((Bits)shifted << 23))) : z;
 }
 
-// What may stand behind the layer; `cpu.py` knows them by their place here. NaN stays NaN.
+// What may stand behind the layer, in the order of ACTIVATIONS in `activations.py`. NaN stays NaN.
 struct None {
     Vec operator()(Vec y) const { return y; }
 };
@@ -127,7 +127,7 @@ struct HardSwish {
     Vec operator()(Vec y) const { return y * ReLU6{}(y + 3) * (1.f / 6); }
 };
 struct SiLU {
-    Vec operator()(Vec y) const { return y * sigmoid(y); }
+    Vec operator()(Vec y) const { return y < -87 ? y * 0 : y * sigmoid(y); }  // where `sigmoid` stays above 0
 };
 
 template <class Body>

@@ -115,14 +115,17 @@ def is_transformed() -> bool:
 
 def fits(x: Tensor, residual: Tensor | None) -> bool:
     """Whether the fused kernels that take `x` take `residual` with it."""
-    if residual is None:
-        return True
-    return residual.shape == x.shape and residual.dtype == x.dtype and residual.device == x.device
+    return residual is None or (
+        residual.shape == x.shape
+        and residual.dtype == x.dtype
+        and residual.device == x.device
+        and residual.layout == x.layout
+    )
 
 
 def fuses(x: Tensor) -> bool:
-    """Whether a residual and an activation behind the layer cost no pass over `x` of their own: with Triton's kernels,
-    and in inference with the library on CPU.
+    """Whether a residual and an activation behind the layer are computed with it: by Triton's kernels, and, where no
+    gradients are asked for, by the library on CPU.
     """
     if uses_reference() or is_transformed():
         return False

@@ -19,7 +19,7 @@ from .activations import ACTIVATIONS
 from .layouts import is_channels_last, is_dense, like
 
 _INTERFACE = 6  # of `_cpu.cpp`; both change when arguments do
-_ACTS = {name: number for number, name in enumerate(ACTIVATIONS)}  # as `with_activation` has them
+_ACTS = {name: number for number, name in enumerate(ACTIVATIONS)}  # in the order of `with_activation`
 _SHAPE = [c_int64] * 3 + [c_int] * 3
 _FORWARD = [c_void_p] * 4 + [c_double] + [c_void_p] * 6 + [c_int, c_void_p]
 _ARGUMENTS = {
