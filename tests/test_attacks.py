@@ -8,6 +8,7 @@ import torch
 from conftest import randomize
 from timm.layers import BatchNormAct2d
 from timm.utils import ModelEmaV3
+from torch.nn import functional as F
 
 import timm_iebn
 from timm_iebn.layers import SyncBatchNorm2d, SyncBatchNormAct2d
@@ -215,7 +216,8 @@ class OneNorm(torch.nn.Module):
         return self.norm(x)
 
     def forward_head(self, x, pre_logits=False):
-        return x.relu().mean((2, 3)) if pre_logits else self.fc(self.forward_head(x, pre_logits=True))
+        # softplus is never 0, as ReLU is for all of an image of outliers
+        return F.softplus(x).mean((2, 3)) if pre_logits else self.fc(self.forward_head(x, pre_logits=True))
 
     def global_pool(self, x):
         return self.forward_head(x, pre_logits=True)
