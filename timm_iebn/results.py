@@ -166,20 +166,18 @@ def costs_table(costs: list[Cost]) -> str:
     lines.append(f"|{'---|' * 8}")
     measured = {(cost.device, cost.batch_size, cost.input_size, cost.architecture): cost for cost in costs}
 
-    def place(cost: Cost) -> tuple[Any, ...]:
-        norm = _norm_named(cost.architecture)
+    rows = []
+    for cost in costs:
+        norm, where = _norm_named(cost.architecture), (cost.device, cost.batch_size, cost.input_size)
         name = cost.architecture.removesuffix(norm.suffix)
-        twin = measured.get((cost.device, cost.batch_size, cost.input_size, name), cost)
-        return cost.device, cost.batch_size, cost.input_size, twin.macs, name, NORMS.index(norm)
-
-    for cost in sorted(costs, key=place):
-        device, batch, size, _, name, norm = place(cost)
+        twin = measured.get((*where, name), cost)
+        rows.append(((*where, twin.macs, name, NORMS.index(norm)), name, norm, cost, twin))
+    for _, name, norm, cost, twin in sorted(rows, key=lambda row: row[0]):
         sizes, speed = count(cost.parameters), f"{cost.images_per_second:g}"
-        twin = measured.get((device, batch, size, name))
-        if twin and twin is not cost:
+        if twin is not cost:
             sizes += f" ({100 * (cost.parameters / twin.parameters - 1):+.2f} %)"
             speed += f" ({100 * (cost.images_per_second / twin.images_per_second - 1):+.0f} %)"
-        cells = name, size, NORMS[norm].name, sizes, count(cost.macs), speed, str(batch), device
+        cells = name, cost.input_size, norm.name, sizes, count(cost.macs), speed, str(cost.batch_size), cost.device
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -125,25 +125,25 @@ void infer(const Shape& s, const T* x, float* mean_nc, const float* mean, const 
     std::vector<float> scale_nc(s.n * s.c), block_sum_nc(s.n * s.c), means_nc(mean_nc ? 0 : s.n * s.c);
     if (!mean_nc) mean_nc = means_nc.data();
     const Affine affine{mean, slope.data(), bias, gate_weight, gate_bias, gate_nc, scale_nc.data()};
-    const auto task = [&](int64_t n, int64_t begin, int64_t end, auto activation) {
-        float *means = mean_nc + n * s.c, *block_sum = block_sum_nc.data() + n * s.c;
-        const int64_t step = s.channels_last ? end - begin : 1;
-        std::fill(means + begin, means + end, 0.0f);
-        for (int64_t c0 = begin; c0 < end; c0 += step)
-            s.each_block(n, c0, c0 + step, [&](const Block& block) {
-                s.sums(block, {block_sum}, [&](auto strip) {
-                    return [=](int64_t row, int v, Vec* result) { result[0] = strip.at(x, row, v); };
-                });
-                for (int64_t c = c0; c < c0 + step; ++c) means[c] += block_sum[c];
-            });
-        for (int64_t c = begin; c < end; ++c) means[c] /= s.hw;
-        affine.gates(s, n, begin, end, mean_nc);
-        for (int64_t c0 = begin; c0 < end; c0 += step)
-            s.each_block(n, c0, c0 + step,
-                         [&](const Block& block) { affine.apply(s, block, x, residual, activation, y); });
-    };
     with_activation(act, [&](auto activation) {
-        s.each_image([&](int64_t n, int64_t begin, int64_t end) { task(n, begin, end, activation); }, GROUP);
+        const auto task = [&](int64_t n, int64_t begin, int64_t end) {
+            float *means = mean_nc + n * s.c, *block_sum = block_sum_nc.data() + n * s.c;
+            const int64_t step = s.channels_last ? end - begin : 1;
+            std::fill(means + begin, means + end, 0.0f);
+            for (int64_t c0 = begin; c0 < end; c0 += step)
+                s.each_block(n, c0, c0 + step, [&](const Block& block) {
+                    s.sums(block, {block_sum}, [&](auto strip) {
+                        return [=](int64_t row, int v, Vec* result) { result[0] = strip.at(x, row, v); };
+                    });
+                    for (int64_t c = c0; c < c0 + step; ++c) means[c] += block_sum[c];
+                });
+            for (int64_t c = begin; c < end; ++c) means[c] /= s.hw;
+            affine.gates(s, n, begin, end, mean_nc);
+            for (int64_t c0 = begin; c0 < end; c0 += step)
+                s.each_block(n, c0, c0 + step,
+                             [&](const Block& block) { affine.apply(s, block, x, residual, activation, y); });
+        };
+        s.each_image(task, GROUP);
     });
 }
 

@@ -112,7 +112,7 @@ def of_params(params: tuple[Tensor | None, ...], grads: Sequence[Tensor]) -> tup
     return tuple(None if p is None else d for p, d in zip(params, grads, strict=True))
 
 
-_NO_GRADS = (None,) * 6  # for what else `call` gives `_IEBN` to differentiate, besides x and the parameters
+_NO_GRADS = (None,) * 6  # for what `_IEBN.apply` is given besides x and the parameters
 
 
 def reference_grads(
