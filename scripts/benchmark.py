@@ -31,6 +31,7 @@ from timm_iebn.training import Trainer
 
 LAYER_SHAPES = [(32, 256, 14, 14), (128, 16, 32, 32), (128, 64, 8, 8), (128, 32, 16, 16)]
 LAYOUTS = {torch.channels_last: "NHWC", torch.contiguous_format: "NCHW"}
+PAIRS = {"a layer": (nn.BatchNorm2d, IEBN2d), "one with ReLU": (BatchNormAct2d, IEBNAct2d)}
 Row = tuple[str, float, float, float]
 
 
@@ -55,42 +56,46 @@ def _layer_step(layer: nn.Module, x: torch.Tensor, grad: torch.Tensor) -> None:
 
 
 def layer_rows(repeats: int) -> list[Row]:
-    """Forward and backward of one layer, training, channels last."""
+    """Forward and backward of one layer, alone and with ReLU, training, channels last."""
     rows = []
-    for dtype in (torch.float32, torch.bfloat16):
-        for shape in LAYER_SHAPES:
-            x, grad = (torch.randn(shape, dtype=dtype).to(memory_format=torch.channels_last) for _ in range(2))
-            layers = (nn.BatchNorm2d(shape[1]), IEBN2d(shape[1]))
-            steps = [partial(_layer_step, layer, x.requires_grad_(), grad) for layer in layers]
-            rows.append(compare(f"layer {shape} {str(dtype).removeprefix('torch.')}", *steps, repeats))
+    for what, dtype, shape in product(PAIRS, (torch.float32, torch.bfloat16), LAYER_SHAPES):
+        x, grad = (torch.randn(shape, dtype=dtype).to(memory_format=torch.channels_last) for _ in range(2))
+        steps = [partial(_layer_step, layer(shape[1]), x.requires_grad_(), grad) for layer in PAIRS[what]]
+        rows.append(compare(f"training of {what} {shape} {str(dtype).removeprefix('torch.')}", *steps, repeats))
     return rows
 
 
-def train_rows(repeats: int) -> list[Row]:
-    """A training step of ResNet-20 on 32x32 images, batch 128."""
-    images = torch.randn(128, 3, 32, 32).to(memory_format=torch.channels_last)
-    labels = torch.randint(0, 100, (128,))
+def _train_step(name: str, batch_size: int, size: int) -> Callable[[], None]:
+    """A training step of the network `name` on one batch of images of size x size."""
+    images = torch.randn(batch_size, 3, size, size).to(memory_format=torch.channels_last)
+    labels = torch.randint(0, 100, (batch_size,))
+    model = timm.create_model(name, num_classes=100).to(memory_format=torch.channels_last).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
 
-    def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def step() -> None:
         nn.functional.cross_entropy(model(images), labels).backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    runs = []
-    for name in ("resnet20_cifar", "resnet20_cifar_iebn"):
-        model = timm.create_model(name).to(memory_format=torch.channels_last)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-        runs.append(lambda model=model, optimizer=optimizer: step(model, optimizer))
-    return [compare("train resnet20_cifar, batch 128, float32", *runs, max(10, repeats // 3))]
+    return step
+
+
+def train_rows(repeats: int) -> list[Row]:
+    """A training step of ResNet-20 on 32x32 images, and of ResNet-50 and MobileNetV2 on larger ones."""
+    rows = []
+    for name, batch_size, size in (("resnet20_cifar", 128, 32), ("resnet50", 8, 224), ("mobilenetv2_100", 8, 160)):
+        steps = [_train_step(network, batch_size, size) for network in (name, f"{name}_iebn")]
+        what = f"training of {name}, {size}x{size}, batch {batch_size}, float32"
+        rows.append(compare(what, *steps, max(10, repeats // 4)))
+    return rows
 
 
 def inference_rows(repeats: int) -> list[Row]:
     """One layer in eval, alone and with ReLU, in both layouts, and ResNet-50 on 224x224 images, batch 8."""
     rows = []
-    pairs = {"a layer": (nn.BatchNorm2d, IEBN2d), "one with ReLU": (BatchNormAct2d, IEBNAct2d)}
-    for what, dtype, shape, layout in product(pairs, (torch.float32, torch.bfloat16), LAYER_SHAPES, LAYOUTS):
+    for what, dtype, shape, layout in product(PAIRS, (torch.float32, torch.bfloat16), LAYER_SHAPES, LAYOUTS):
         x = torch.randn(shape, dtype=dtype).contiguous(memory_format=layout)
-        layers = [layer(shape[1]).eval() for layer in pairs[what]]
+        layers = [layer(shape[1]).eval() for layer in PAIRS[what]]
         with torch.inference_mode():
             name = f"inference of {what} {shape} {str(dtype).removeprefix('torch.')} {LAYOUTS[layout]}"
             rows.append(compare(name, *(partial(layer, x) for layer in layers), repeats))

@@ -157,11 +157,11 @@ struct Shape {
         channels_last ? walk_image(b, body) : walk_plane(b, body);
     }
 
-    // Covers a block with strips, of a few rows only, because memory that is not taken in order is twice as slow, or of
-    // all rows where the block is in the `cached` memory.
+    // Covers a block with strips, of a few rows only, because memory that is not taken in order is twice as slow; or of
+    // `all_rows`, where the block is in the cache, or much is to be loaded for each strip.
     template <class Body>
-    void walk_image(const Block& b, const Body& body, bool cached = false) const {
-        const int64_t step = cached || c <= GROUP ? b.size : std::max<int64_t>(1, 256 / c), end = b.start + b.size;
+    void walk_image(const Block& b, const Body& body, bool all_rows = false) const {
+        const int64_t step = all_rows || c <= GROUP ? b.size : std::max<int64_t>(1, 256 / c), end = b.start + b.size;
         for (int64_t row = b.start; row < end; row += step) walk_rows(b, row, std::min(step, end - row), body);
     }
 
@@ -186,10 +186,10 @@ struct Shape {
 
     // Sets the K arrays `per_channel` to the sums over the block of what `term(strip)` gives for a row and a vector.
     template <int K, class Term>
-    void sums(const Block& b, float* const (&per_channel)[K], const Term& term, bool cached = false) const {
+    void sums(const Block& b, float* const (&per_channel)[K], const Term& term, bool all_rows = false) const {
         if (channels_last) {
             for (float* out : per_channel) std::fill(out + b.begin, out + b.end, 0.0f);
-            walk_image(b, [&](auto strip) { strip.sums(per_channel, term(strip)); }, cached);
+            walk_image(b, [&](auto strip) { strip.sums(per_channel, term(strip)); }, all_rows);
         } else {
             Vec of_lanes[K] = {};
             walk_plane(b, [&](auto strip) { strip.sums(of_lanes, term(strip)); });

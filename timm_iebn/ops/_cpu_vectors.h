@@ -113,21 +113,35 @@ Vec sigmoid(Vec z) {
     return z == z ? 1 / (1 + (Vec)((Bits)e + ((Bits)shifted << 23))) : z;
 }
 
-// What may stand behind the layer, in the order of ACTIVATIONS in `activations.py`. NaN stays NaN.
+// What may stand behind the layer, in the order of ACTIVATIONS in `activations.py`, and its gradient at an input `z`, or at
+// a result where FROM_RESULT there has it. NaN stays NaN.
 struct None {
-    Vec operator()(Vec y) const { return y; }
+    static constexpr bool FROM_RESULT = false;
+    Vec operator()(Vec z) const { return z; }
+    Vec grad(Vec g, Vec) const { return g; }
 };
 struct ReLU {
-    Vec operator()(Vec y) const { return y < 0 ? Vec{} : y; }
+    static constexpr bool FROM_RESULT = true;
+    Vec operator()(Vec z) const { return z < 0 ? Vec{} : z; }
+    Vec grad(Vec g, Vec z) const { return z <= 0 ? Vec{} : g; }
 };
 struct ReLU6 {
-    Vec operator()(Vec y) const { return y < 0 ? Vec{} : y > 6 ? Vec{} + 6 : y; }
+    static constexpr bool FROM_RESULT = true;
+    Vec operator()(Vec z) const { return z < 0 ? Vec{} : z > 6 ? Vec{} + 6 : z; }
+    Vec grad(Vec g, Vec z) const { return z <= 0 ? Vec{} : z >= 6 ? Vec{} : g; }
 };
 struct HardSwish {
-    Vec operator()(Vec y) const { return y * ReLU6{}(y + 3) * (1.f / 6); }
+    static constexpr bool FROM_RESULT = false;
+    Vec operator()(Vec z) const { return z * ReLU6{}(z + 3) * (1.f / 6); }
+    Vec grad(Vec g, Vec z) const { return z <= -3 ? Vec{} : z >= 3 ? g : g * (z * (1.f / 3) + 0.5f); }
 };
 struct SiLU {
-    Vec operator()(Vec y) const { return y < -87 ? y * 0 : y * sigmoid(y); }  // where `sigmoid` stays above 0
+    static constexpr bool FROM_RESULT = false;
+    Vec operator()(Vec z) const { return z < -87 ? z * 0 : z * sigmoid(z); }  // where `sigmoid` stays above 0
+    Vec grad(Vec g, Vec z) const {
+        const Vec s = sigmoid(z);
+        return z < -87 ? g * 0 : g * (s * (1 + z * (1 - s)));
+    }
 };
 
 template <class Body>

@@ -15,7 +15,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "hard_swish": F.hardswish,
     "silu": F.silu,
 }
-FROM_RESULT = ("relu", "relu6")  # whose gradient can be found from the result
+FROM_RESULT = ("relu", "relu6")  # whose gradient can be found from the result; in `_cpu_vectors.h` too
 _MODULES = {
     nn.Identity: "",
     nn.ReLU: "relu",
@@ -37,6 +37,13 @@ _GLOBAL_HOOKS = (
 def followed(y: Tensor, residual: Tensor | None, act: str) -> Tensor:
     """What stands behind the layer, unfused: `residual` added to `y`, and `act` applied."""
     return ACTIVATIONS[act](y if residual is None else y + residual)
+
+
+def kept(residual: Tensor | None, y: Tensor, act: str) -> tuple[Tensor | None, Tensor | None]:
+    """What the gradient of `followed` needs besides the input of the layer: the residual, or the result `y`."""
+    if residual is None or not act:
+        return None, None
+    return (None, y) if act in FROM_RESULT else (residual, None)
 
 
 def is_hooked(module: nn.Module) -> bool:

@@ -124,13 +124,10 @@ def fits(x: Tensor, residual: Tensor | None) -> bool:
 
 
 def fuses(x: Tensor) -> bool:
-    """Whether a residual and an activation behind the layer are computed with it: by Triton's kernels, and, where no
-    gradients are asked for, by the library on CPU.
-    """
+    """Whether a residual and an activation behind the layer are computed with it."""
     if uses_reference() or is_transformed():
         return False
-    is_inference = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    return uses_triton(x) or (is_inference and x.dim() == 4 and cpu.supports(x))
+    return uses_triton(x) or (not torch.compiler.is_compiling() and x.dim() == 4 and cpu.supports(x))
 
 
 def passes_for(x: Tensor) -> ModuleType:

@@ -1,9 +1,9 @@
 """The four passes of IEBN on CPU in C++ (`_cpu.cpp`): float32 and bfloat16, NCHW and channels last.
 
-They read and write what batch norm does, and make no temporary of the input's size; in inference, a residual is added
-and an activation applied on the way. They are compiled when the package is installed, where there is a compiler that
-can; everywhere else, `library` is None and `passes` does the same in torch operations. The arguments and results are
-those of `passes`. `forward` and `backward` make two passes in one call.
+They read and write what batch norm does, and make no temporary of the input's size. `forward` and `backward` make two
+passes in one call, and take in an addition and an activation behind the layer. They are compiled when the package is
+installed, where there is a compiler that can; everywhere else, `library` is None and `passes` does the same in torch
+operations. The arguments and results are those of `passes`.
 """
 
 import ctypes
@@ -18,7 +18,7 @@ from torch import Tensor
 from .activations import ACTIVATIONS
 from .layouts import is_channels_last, is_dense, like
 
-_INTERFACE = 6  # of `_cpu.cpp`; both change when arguments do
+_INTERFACE = 7  # of `_cpu.cpp`; both change when arguments do
 _ACTS = {name: number for number, name in enumerate(ACTIVATIONS)}  # in the order of `with_activation`
 _SHAPE = [c_int64] * 3 + [c_int] * 3
 _FORWARD = [c_void_p] * 4 + [c_double] + [c_void_p] * 6 + [c_int, c_void_p]
@@ -29,7 +29,7 @@ _ARGUMENTS = {
     "infer": _FORWARD,
     "reduce": [c_void_p] * 6 + [c_double] + [c_void_p] * 7,
     "grad_input": [c_void_p] * 6 + [c_double] + [c_void_p] * 3 + [c_double, c_void_p],
-    "backward": [c_void_p] * 6 + [c_double] + [c_void_p] * 8 + [c_double, c_void_p],
+    "backward": [c_void_p] * 6 + [c_double] + [c_void_p] * 4 + [c_int] + [c_void_p] * 7 + [c_double, c_void_p],
 }
 
 
@@ -205,15 +205,28 @@ def backward(
     var: Tensor,
     eps: float,
     weight: Tensor | None,
+    bias: Tensor | None,
     gate_weight: Tensor,
+    residual: Tensor | None,
+    result: Tensor | None,
+    act: str,
     count: int,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The gradients of `x`, and of weight, bias, gate_weight and gate_bias."""
+    needs_dx: bool,
+) -> tuple[Tensor | None, tuple[Tensor, ...], Tensor]:
+    """The gradients of `x`; of weight, bias, gate_weight and gate_bias; and of a residual. The input of `act` is found
+    from `residual` or `result`, see `kept`, or from `x`.
+    """
     mean_NC, gate_NC = _dense(x.shape[:2], mean_NC, gate_NC)
-    mean, var, weight, gate_weight = _dense(x.shape[1:2], mean, var, weight, gate_weight)
-    dx, dz_NC, room = torch.empty_like(x), torch.empty_like(mean_NC), mean.new_empty(6, x.shape[1])
+    mean, var, weight, bias, gate_weight = _dense(x.shape[1:2], mean, var, weight, bias, gate_weight)
+    kept = next((like(t, x) for t in (result, residual) if t is not None), None)
+    g, dz_NC, room = like(g, x), torch.empty_like(mean_NC), mean.new_empty(6, x.shape[1])
+    dx = torch.empty_like(x) if needs_dx else None
+    before = g  # the gradient before `act`, of which no one asks for a copy where there was no residual
+    if act:
+        before = torch.empty_like(x) if dx is None or kept is not None else dx
     grads = room[:4].unbind()
     inputs = map(_pointer, (g, x, mean_NC, gate_NC, mean, var))
-    results = map(_pointer, (weight, gate_weight, dz_NC, *grads, room[4]))
-    library.iebn_backward(*_shape(x), *inputs, eps, *results, count, dx.data_ptr())
-    return dx, grads
+    params = map(_pointer, (weight, bias, gate_weight, kept))
+    results = map(_pointer, (before, dz_NC, *grads, room[4]))
+    library.iebn_backward(*_shape(x), *inputs, eps, *params, _ACTS[act], *results, count, _pointer(dx))
+    return dx, grads, before

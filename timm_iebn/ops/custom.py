@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import triton
+from .activations import kept
 from .fused import backward, forward
 
 
@@ -85,7 +86,7 @@ def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, weight, bias, gate_weight, _, residual, mean, _, ctx.eps, ctx.act = inputs
     y, saved = output
     ctx.batch, ctx.has_residual = mean is None, residual is not None
-    ctx.save_for_backward(x, weight, bias, gate_weight, *triton.kept(residual, y, ctx.act), saved)
+    ctx.save_for_backward(x, weight, bias, gate_weight, *kept(residual, y, ctx.act), saved)
     ctx.mark_non_differentiable(saved)
 
 

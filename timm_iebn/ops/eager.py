@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import cpu, passes
-from .activations import ACTIVATIONS, followed
+from .activations import ACTIVATIONS, followed, kept
 from .backend import fits, passes_for
 from .layouts import like
 from .reference import iebn_reference, update_running, wide_dtype
@@ -32,7 +32,7 @@ def merge_statistics(mean: Tensor, var: Tensor, count: int, group: dist.ProcessG
 
 
 class _IEBN(torch.autograd.Function):
-    """The layer, differentiable in x and the parameters. `forward` without a context is inference.
+    """The layer, differentiable in x, the parameters and the residual. `forward` without a context is inference.
 
     It has no `setup_context`, which would double its overhead; torch.func transforms take the reference instead.
     """
@@ -45,16 +45,16 @@ class _IEBN(torch.autograd.Function):
         bias: Tensor | None,
         gate_weight: Tensor,
         gate_bias: Tensor,
+        residual: Tensor | None,
         running_mean: Tensor | None,
         running_var: Tensor | None,
         batch: bool,
         momentum: float,
         eps: float,
         group: dist.ProcessGroup | None,
-        residual: Tensor | None = None,
-        act: str = "",
+        act: str,
     ) -> Tensor:
-        """`residual` is added and `act` applied in inference alone."""
+        """A `residual` and an `act` are for `cpu.forward` alone."""
         backend, params = passes_for(x), (weight, bias, gate_weight, gate_bias)
         # 0 says to `backward` that mean and var are constants
         count = x.shape[0] * x.shape[2] * x.shape[3] if batch else 0
@@ -63,9 +63,9 @@ class _IEBN(torch.autograd.Function):
             # for backward copies, which do not move with the running statistics
             wide, copy = wide_dtype(x), ctx is not None
             mean, var = running_mean.to(wide, copy=copy), running_var.to(wide, copy=copy)
-        if backend is cpu and group is None and x.numel() and fits(x, residual):
-            kept = cpu.forward(x, mean, var, eps, *params, keep=ctx is not None, residual=residual, act=act)
-            y, mean_NC, gate_NC, mean, var = kept
+        if backend is cpu and group is None and x.numel():
+            behind = dict(residual=residual, act=act)
+            y, mean_NC, gate_NC, mean, var = cpu.forward(x, mean, var, eps, *params, keep=ctx is not None, **behind)
         else:
             mean_NC, *own = backend.statistics(x, batch)
             mean, var = own if batch else (mean, var)
@@ -74,29 +74,28 @@ class _IEBN(torch.autograd.Function):
             if group is not None:
                 mean, var, count = merge_statistics(mean, var, count, group)
             y, gate_NC = backend.normalize(x, mean_NC, mean, var, eps, *params)
-            y = followed(y, residual, act)
         if batch and running_mean is not None and (group is not None or x.numel()):
             update_running(running_mean, running_var, mean, var * (count / (count - 1)), momentum)
         if ctx is not None:
-            ctx.backend, ctx.eps, ctx.count, ctx.group = backend, eps, count, group
-            ctx.save_for_backward(x, weight, bias, gate_weight, gate_bias, mean_NC, mean, var, gate_NC)
+            ctx.backend, ctx.eps, ctx.count, ctx.group, ctx.act = backend, eps, count, group, act
+            ctx.save_for_backward(x, *params, *kept(residual, y, act), mean_NC, mean, var, gate_NC)
         return y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple:
-        x, weight, bias, gate_weight, gate_bias, mean_NC, mean, var, gate_NC = ctx.saved_tensors
-        params = weight, bias, gate_weight, gate_bias
-        if torch.is_grad_enabled():  # create_graph=True: the second derivative goes through the formula
-            return (*reference_grads(ctx, (x, *params), mean, var, g)[:5], *_NO_GRADS)
-        backend = ctx.backend
+        x, weight, bias, gate_weight, gate_bias, *behind, mean_NC, mean, var, gate_NC = ctx.saved_tensors
+        params, backend = (weight, bias, gate_weight, gate_bias), ctx.backend
         if backend is cpu and not cpu.supports(x):  # hooks may have changed it, a mode may be watching
             backend = passes
+        # create_graph=True: the second derivative goes through the formula
+        if torch.is_grad_enabled() or (ctx.act and backend is passes):
+            return (*reference_grads(ctx, (x, *params), mean, var, g, *behind, ctx.act), *_NO_GRADS)
+        if backend is cpu and ctx.group is None and x.numel():
+            scales = weight, bias, gate_weight, *behind, ctx.act, ctx.count, ctx.needs_input_grad[0]
+            dx, grads, dresidual = cpu.backward(g, x, mean_NC, gate_NC, mean, var, ctx.eps, *scales)
+            return dx, *of_params(params, grads), dresidual if ctx.needs_input_grad[5] else None, *_NO_GRADS
         if backend is cpu:
             g = like(g, x)
-            if ctx.group is None and ctx.needs_input_grad[0]:
-                scales = weight, gate_weight, ctx.count
-                dx, grads = cpu.backward(g, x, mean_NC, gate_NC, mean, var, ctx.eps, *scales)
-                return dx, *of_params(params, grads), *_NO_GRADS
         dz_NC, grads, sums = backend.reduce(g, x, mean_NC, gate_NC, mean, var, ctx.eps, weight)
         dx = None
         if ctx.needs_input_grad[0]:
@@ -104,7 +103,7 @@ class _IEBN(torch.autograd.Function):
                 dist.all_reduce(sums, group=ctx.group)
             scales = weight, gate_weight, sums, ctx.count
             dx = backend.grad_input(g, x, gate_NC, dz_NC, mean, var, ctx.eps, *scales)
-        return dx, *of_params(params, grads), *_NO_GRADS
+        return dx, *of_params(params, grads), g if ctx.needs_input_grad[5] else None, *_NO_GRADS
 
 
 def of_params(params: tuple[Tensor | None, ...], grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
@@ -112,7 +111,7 @@ def of_params(params: tuple[Tensor | None, ...], grads: Sequence[Tensor]) -> tup
     return tuple(None if p is None else d for p, d in zip(params, grads, strict=True))
 
 
-_NO_GRADS = (None,) * 6  # for what `_IEBN.apply` is given besides x and the parameters
+_NO_GRADS = (None,) * 7  # for what `_IEBN.forward` takes besides x, the parameters and the residual
 
 
 def reference_grads(
@@ -125,7 +124,7 @@ def reference_grads(
     result: Tensor | None = None,
     act: str = "",
 ) -> list:
-    """The gradients of x, the parameters and the residual, by a graph that can be differentiated again."""
+    """The gradients of x, the parameters and the residual; with create_graph=True they can be differentiated again."""
     if ctx.group is not None:
         raise NotImplementedError("synchronised IEBN has no second derivative: compute it in one process")
     mean, var = (mean, var) if ctx.count == 0 else (None, None)
@@ -134,13 +133,15 @@ def reference_grads(
         with torch.enable_grad():
             (slope,) = torch.autograd.grad(ACTIVATIONS[act](end).sum(), end)
         grad, act = grad * slope, ""
-    # views, because one input may be a function of another, and theirs are partial derivatives
-    inputs = tuple(None if t is None else t.view_as(t) for t in (*inputs, residual))
-    y = iebn_reference(*inputs[:5], mean, var, training=False, momentum=0.0, eps=ctx.eps)
-    y = followed(y, inputs[5], act)
+    is_twice = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # views, because one input may be a function of another, and theirs are partial derivatives
+        inputs = tuple(None if t is None else t.view_as(t) for t in (*inputs, residual))
+        y = iebn_reference(*inputs[:5], mean, var, training=False, momentum=0.0, eps=ctx.eps)
+        y = followed(y, inputs[5], act)
     needed = [t is not None and need for t, need in zip(inputs, ctx.needs_input_grad, strict=False)]
     wanted = [t for t, need in zip(inputs, needed, strict=True) if need]
-    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True)) if wanted else iter(())
+    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=is_twice)) if wanted else iter(())
     grads = [next(found) if need else None for need in needed]
     if residual is None and ctx.needs_input_grad[5]:  # it was added behind all this
         grads[5] = grad
@@ -186,12 +187,13 @@ def iebn_eager(
     residual: Tensor | None = None,
     act: str = "",
 ) -> Tensor:
-    """As `iebn_reference`, with `residual` added and `act` applied behind, in one where no gradient is wanted. With
+    """As `iebn_reference`, with `residual` added and `act` applied behind, in one where the library on CPU can. With
     `group`, the batch is that of all its ranks, which must call in the same order.
 
     Differentiable twice, the second time through the reference; not with `group`.
     """
-    given = (x, weight, bias, gate_weight, gate_bias), running_mean, running_var, training, momentum, eps, group
-    if torch.is_grad_enabled():
-        return followed(call(_IEBN, *given), residual, act)
-    return call(_IEBN, *given, residual, act)
+    inputs = x, weight, bias, gate_weight, gate_bias
+    given = running_mean, running_var, training, momentum, eps, group
+    if group is None and cpu.supports(x) and x.numel() and fits(x, residual):
+        return call(_IEBN, (*inputs, residual), *given, act)
+    return followed(call(_IEBN, (*inputs, None), *given, ""), residual, act)

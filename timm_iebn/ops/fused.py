@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import triton
+from .activations import kept
 from .eager import call, merge_statistics, of_params, reference_grads
 from .layouts import like
 from .reference import update_running
@@ -86,7 +87,7 @@ class _Fused(torch.autograd.Function):
             *inputs, residual = args[:6]
             ctx.eps, ctx.group, ctx.act = args[10:]
             ctx.count = count
-            ctx.save_for_backward(*inputs, *triton.kept(residual, y, ctx.act), saved)
+            ctx.save_for_backward(*inputs, *kept(residual, y, ctx.act), saved)
         return y
 
     @staticmethod

@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from . import triton_kernels as kernels
-from .activations import FROM_RESULT
 from .layouts import is_channels_last, is_dense, like
 
 _TILE = 4096  # values that a program holds at once
@@ -92,15 +91,8 @@ def _launch(x: Tensor, kernel: Any, programs: int, *args: Any, **constants: Any)
         kernel[(programs,)](*args, **constants)
 
 
-def kept(residual: Tensor | None, y: Tensor, act: str) -> tuple[Tensor | None, Tensor | None]:
-    """What `reduce` needs as `residual` and `result`; without a residual, it finds all it needs from the input."""
-    if residual is None or not act:
-        return None, None
-    return (None, y) if act in FROM_RESULT else (residual, None)
-
-
 def residual_gradient(x: Tensor, residual: Tensor | None, result: Tensor | None) -> Tensor | None:
-    """What `reduce` fills, if `kept` has kept something: else the residual's gradient is that of the output."""
+    """What `reduce` fills, where one of them was kept: else the residual's gradient is that of the output."""
     return None if residual is None and result is None else torch.empty_like(x)
 
 
