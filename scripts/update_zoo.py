@@ -24,7 +24,7 @@ from timm_iebn.models._registry import WARM_START
 from timm_iebn.results import Comparison, compare, costs_table, plot_results, results_table, short_table
 from timm_iebn.study import Study, load_study
 from timm_iebn.study_report import read_results, report, write_report
-from timm_iebn.zoo import WEIGHTS, check_weights, read_costs, read_zoo
+from timm_iebn.zoo import COSTS, WEIGHTS, check_weights, read_costs, read_zoo
 
 ROOT = Path(__file__).parents[1]
 ZOO_README = """\
@@ -39,7 +39,7 @@ recipe, log and curves.
 ![Accuracy against cost](results.png)
 
 """
-COSTS = """
+COSTS_TEXT = """
 ## What the networks cost
 
 Parameters with 100 classes, multiply-accumulates of convolutions and matrix products for one image, and images per
@@ -82,7 +82,8 @@ def texts(root: Path, comparisons: list[Comparison], studies: list[Study]) -> di
     study_links = "".join(f"- [{title}]({path.relative_to(zoo).as_posix()})\n" for path, title in titles.items())
     found = {zoo / "warm_starts" / f"{name}.md": str(make_warm_start_card(name)) for name in networks}
     found[root / "README.md"] = before + BEGIN + short_table(comparisons) + END + after
-    parts = ZOO_README, results_table(comparisons, zoo), COSTS, costs_table(read_costs(zoo))
+    measured = read_costs(zoo / COSTS)
+    parts = ZOO_README, results_table(comparisons, measured), COSTS_TEXT, costs_table(measured)
     parts += STUDIES, study_links, WARM_STARTS, links, "\n"
     found[zoo / "README.md"] = "".join(parts)
     for comparison in comparisons:
@@ -100,7 +101,7 @@ def main() -> int:
     args = parser.parse_args()
     try:
         if args.table:
-            print(results_table(compare(read_zoo(args.table)), args.table), end="")
+            print(results_table(compare(read_zoo(args.table)), read_costs(args.table / COSTS)), end="")
             return 0
         # two at once would write into each other's files
         with nullcontext() if args.check else FileLock(ROOT / "zoo" / ".lock", timeout=300):

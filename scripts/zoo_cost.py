@@ -13,6 +13,7 @@ import csv
 import io
 import platform
 import statistics
+import sys
 import time
 from contextlib import suppress
 from datetime import date
@@ -26,11 +27,8 @@ from torch import nn
 import timm_iebn  # noqa: F401  registers the models
 from timm_iebn.files import write_atomically
 from timm_iebn.model_folder import count_macs
-from timm_iebn.zoo import WEIGHTS, ZOO, read_zoo
+from timm_iebn.zoo import COSTS, WEIGHTS, ZOO, Cost, read_costs, read_zoo
 
-FIELDS = ("architecture", "input_size", "parameters", "macs", "device", "batch_size", "images_per_second")
-FIELDS += ("torch", "date")
-KEY = ("architecture", "device", "batch_size", "input_size")
 Networks = dict[tuple[str, tuple[int, ...]], nn.Module]  # by architecture and input size
 
 
@@ -80,28 +78,33 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--output", type=Path, default=ZOO / "cost.csv", help="default: zoo/cost.csv")
+    parser.add_argument("--output", type=Path, default=ZOO / COSTS, help="default: zoo/cost.csv")
     args = parser.parse_args()
+    try:
+        costs = {_key(cost): cost for cost in read_costs(args.output)}
+    except ValueError as e:
+        sys.exit(f"zoo_cost.py: {e}")
     networks = create_networks(args.patterns)
     torch.set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    name, rows = device_name(device), {}
-    if args.output.exists():
-        with open(args.output, newline="") as file:
-            rows = {tuple(row[k] for k in KEY): row for row in csv.DictReader(file)}
-    about = dict(device=name, batch_size=args.batch_size, torch=torch.__version__, date=str(date.today()))
-    speeds = measure(networks, device, args.repeats, args.batch_size)
+    name, speeds = device_name(device), measure(networks, device, args.repeats, args.batch_size)
     for ((architecture, input_size), model), speed in zip(networks.items(), speeds, strict=True):
-        size, shown = "x".join(map(str, input_size)), f"{speed:.4g}" if speed < 1e4 else f"{speed:.0f}"
-        row = dict(architecture=architecture, input_size=size, images_per_second=shown)
-        row |= dict(parameters=sum(p.numel() for p in model.parameters()), macs=count_macs(model, input_size))
-        rows[architecture, name, str(args.batch_size), size] = row | about
-        print(f"{architecture:32} {shown:>8} images/s on {name}")
+        size = "x".join(map(str, input_size)), sum(p.numel() for p in model.parameters()), count_macs(model, input_size)
+        where = name, args.batch_size, float(f"{speed:.4g}"), torch.__version__, str(date.today())
+        cost = Cost(architecture, *size, *where)
+        costs[_key(cost)] = cost
+        print(f"{architecture:32} {cost.images_per_second:8g} images/s on {name}")
     text = io.StringIO()
-    writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(row for _, row in sorted(rows.items()))
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(Cost._fields)
+    for _, cost in sorted(costs.items()):
+        writer.writerow(cost._replace(images_per_second=f"{cost.images_per_second:.9g}"))  # 81, not 81.0
     write_atomically(args.output, text.getvalue().encode())  # it holds other machines' figures too
+
+
+def _key(cost: Cost) -> tuple[str, str, int, str]:
+    """What one row of cost.csv is about."""
+    return cost.architecture, cost.device, cost.batch_size, cost.input_size
 
 
 if __name__ == "__main__":

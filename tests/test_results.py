@@ -13,7 +13,7 @@ from training import SMALL
 from timm_iebn.recipe import Recipe, load_recipe
 from timm_iebn.results import compare, costs_table, paired_difference, plot_results, results_table, short_table
 from timm_iebn.run_log import read_log
-from timm_iebn.zoo import read_costs, read_zoo
+from timm_iebn.zoo import COSTS, Cost, read_costs, read_zoo
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,12 +28,12 @@ def add_run(zoo, name, top1, architecture=None, **recipe):
 
 
 def write_costs(zoo, *rows):
-    head = "architecture,input_size,parameters,macs,device,batch_size,images_per_second"
-    (zoo / "cost.csv").write_text("\n".join((head, *rows)) + "\n")
+    rows = [f"{row},2.14.1,2026-11-28" for row in rows]
+    (zoo / COSTS).write_text("\n".join((",".join(Cost._fields), *rows)) + "\n")
 
 
 def table_of(zoo):
-    return results_table(compare(read_zoo(zoo)), zoo)
+    return results_table(compare(read_zoo(zoo)), read_costs(zoo / COSTS))
 
 
 def cells(table):
@@ -54,7 +54,7 @@ def test_runs_that_differ_in_norm_and_seed_are_compared(tmp_path):
     add_run(tmp_path, "i", 68.0, model="resnet164_cifar_iebn", **frozen_neutral)
     (bn, iebn, se, neutral, other, *frozen) = cells(table_of(tmp_path))
     assert bn[:4] == ["resnet164_cifar", "cifar100", "164", "batch norm"]
-    assert bn[4:10] == ["1.727 M", "247 M", "61.6 (CPU)", "71.00 ± 1.41 (2 seeds)", "", "74.29"]
+    assert bn[4:10] == ["1.727 M", "247 M", "61.6 (CPU, batch 8)", "71.00 ± 1.41 (2 seeds)", "", "74.29"]
     assert iebn[3] == "IEBN" and iebn[6:10] == ["-", "75.00 (one seed)", "+5.00", "77.09"]
     assert se[3] == "squeeze-and-excitation" and se[7:10] == ["73.00 ± 1.41 (2 seeds)", "+2.00 [+2.00, +2.00]", "-"]
     assert neutral[3] == "IEBN, neutral gates" and neutral[7:10] == ["76.00 (one seed)", "+4.00", "-"]
@@ -74,7 +74,7 @@ def test_costs_stand_beside_those_of_the_twin_on_the_same_device(tmp_path):
     rows = ["big,3x32x32,2000000,9000000,CPU,8,100", "big_iebn,3x32x32,2010000,9000000,CPU,8,94"]
     rows += ["big_se,3x32x32,2200000,9100000,GPU,8,5000", "alone_iebn,3x32x32,500,600,CPU,8,7.25"]
     write_costs(tmp_path, *rows, "big_iebn,1x8x8,2010000,500000,CPU,8,2000", "big_se,3x32x32,1,2,CPU,16,99")
-    found = [tuple(row) for row in cells(costs_table(read_costs(tmp_path)))]
+    found = [tuple(row) for row in cells(costs_table(read_costs(tmp_path / COSTS)))]
     assert found == [
         ("big", "1x8x8", "IEBN", "2.01 M", "0.5 M", "2000", "8", "CPU"),
         ("alone", "3x32x32", "IEBN", "500", "600", "7.25", "8", "CPU"),

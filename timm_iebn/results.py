@@ -141,8 +141,8 @@ def count(number: int) -> str:
     return f"{number / 1e6:.4g} M" if number >= 1e5 else str(number)
 
 
-def results_table(comparisons: list[Comparison], zoo: Path) -> str:
-    """The results of `zoo` as a Markdown table."""
+def results_table(comparisons: list[Comparison], costs: list[Cost]) -> str:
+    """The results as a Markdown table."""
     lines = [
         "| Network | Data | Epochs | Norm | Parameters | MACs | Images/s | Top-1, % | Difference | Paper, % | Runs |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
@@ -150,7 +150,7 @@ def results_table(comparisons: list[Comparison], zoo: Path) -> str:
     for row in comparisons:
         for norm, runs in row.sides.items():
             config = row.config(norm)
-            speed = ", ".join(f"{v:g} ({k})" for k, v in speeds_of(config, zoo).items()) or "-"
+            speed = ", ".join(f"{v:g} ({k})" for k, v in speeds_of(config, costs).items()) or "-"
             paper = f"{row.paper[norm]:.2f}" if norm in row.paper else "-"
             logs = " ".join(f"[seed {seed}]({model.folder.name})" for seed, model in sorted(runs.items()))
             cost = count(config["parameters"]), count(config["macs"]), speed

@@ -20,6 +20,7 @@ from .messages import describe, shorten
 _INSTALLED = Path(__file__).with_name("_zoo")
 ZOO = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[1] / "zoo"  # of a wheel, of a checkout
 WEIGHTS = "model.safetensors"
+COSTS = "cost.csv"
 HTTPError = HfHubHTTPError.__bases__[0]  # of whichever HTTP library huggingface_hub uses
 
 NAMESPACE = "timm-iebn"  # ours on the Hub, which the cards name
@@ -192,7 +193,7 @@ def check_download(hub_id: str, cache_dir: str | Path | None = None, is_own: boo
 
 
 class ZooModel(NamedTuple):
-    """A checkpoint of the zoo. Accuracy is that of its last epoch, `images_per_second` by device, where measured."""
+    """A checkpoint of the zoo. Accuracy is that of its last epoch, `images_per_second` as `speeds_of` has it."""
 
     name: str
     data: str
@@ -212,7 +213,7 @@ def list_zoo(pattern: str = "*", zoo: Path = ZOO) -> list[ZooModel]:
     Args:
         pattern: of the names, as in `timm.list_models`: 'resnet20_*'.
     """
-    models, configs = [], read_zoo(zoo)
+    models, configs, costs = [], read_zoo(zoo), read_costs(zoo / COSTS)
     seeds = Counter(map(_without_seed, configs))
     for folder, config in configs.items():
         if not folder.match(pattern):
@@ -228,7 +229,7 @@ def list_zoo(pattern: str = "*", zoo: Path = ZOO) -> list[ZooModel]:
                 seeds[_without_seed(folder)],
                 config["parameters"],
                 config["macs"],
-                speeds_of(config, zoo),
+                speeds_of(config, costs),
                 training["date"],
             )
         )
@@ -249,15 +250,16 @@ class Cost(NamedTuple):
     device: str
     batch_size: int
     images_per_second: float
+    torch: str  # its version
+    date: str
 
 
-def read_costs(zoo: Path = ZOO) -> list[Cost]:
-    """What cost.csv of `zoo` says.
+def read_costs(path: Path = ZOO / COSTS) -> list[Cost]:
+    """What a cost.csv says; nothing where there is none.
 
     Raises:
         ValueError: it is damaged; the message names it.
     """
-    path = zoo / "cost.csv"
     if not path.exists():
         return []
     try:
@@ -268,7 +270,8 @@ def read_costs(zoo: Path = ZOO) -> list[Cost]:
         raise ValueError(f"{path} is not as zoo_cost.py writes it: {describe(e)}") from e
 
 
-def speeds_of(config: dict[str, Any], zoo: Path = ZOO) -> dict[str, float]:
-    """Images per second in inference of a network with this config.json, by device, from cost.csv of `zoo`."""
+def speeds_of(config: dict[str, Any], costs: list[Cost]) -> dict[str, float]:
+    """Images per second in inference of a network with this config.json, by device and size of the batch."""
     network = config["architecture"], "x".join(map(str, config["pretrained_cfg"]["input_size"]))
-    return {c.device: c.images_per_second for c in read_costs(zoo) if (c.architecture, c.input_size) == network}
+    own = [cost for cost in costs if (cost.architecture, cost.input_size) == network]
+    return {f"{cost.device}, batch {cost.batch_size}": cost.images_per_second for cost in own}

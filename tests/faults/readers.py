@@ -35,7 +35,7 @@ from timm_iebn.training.checkpoint import _digest, load_latest, save_checkpoint
 from timm_iebn.training.data import read_image
 from timm_iebn.training.evaluate import open_network
 from timm_iebn.training.run_folder import finished_row
-from timm_iebn.zoo import WEIGHTS, list_zoo
+from timm_iebn.zoo import COSTS, WEIGHTS, list_zoo, read_costs
 from timm_iebn.zoo import read_zoo as read_configs
 
 ARCHITECTURE = "resnet20_cifar_iebn"
@@ -158,7 +158,7 @@ def make_zoo(folder: Path) -> None:
 
 def read_zoo(folder: Path, _: None) -> bool:
     """The folder that is not damaged is there in any case, with its own figures."""
-    table = results_table(compare(read_configs(folder)), folder)
+    table = results_table(compare(read_configs(folder)), read_costs(folder / COSTS))
     names = [model.name for model in list_zoo(zoo=folder)]
     return TAG.replace("_iebn.", ".") in names and "| resnet20_cifar |" in table and "43.00 (one seed)" in table
 
