@@ -10,6 +10,8 @@ from numerics import LAYOUTS, SHAPES, composed, draw, running, strided
 from timm.layers import DropPath
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_iebn import IEBN2d, IEBNAct2d
@@ -90,9 +92,12 @@ def test_not_a_number_stays_one(act, backend):
 def test_large_values_are_those_of_torch(act, backend):
     x, one = torch.zeros(1, 16, 1, 4), torch.ones(16)
     residual = torch.tensor([-1e38, -200.0, 200.0, 1e38]).expand_as(x).contiguous()
-    with torch.no_grad():
-        y = iebn_eager(x, one, 0 * one, 0 * one, one, 0 * one, one, False, 0.1, 1e-5, residual=residual, act=act)
-    torch.testing.assert_close(y, ACTIVATIONS[act](residual))
+    leaves, args = [residual.clone().requires_grad_() for _ in range(2)], (one, 0 * one, 0 * one, one, 0 * one, one)
+    y = iebn_eager(x, *args, False, 0.1, 1e-5, residual=leaves[0], act=act)
+    expected = ACTIVATIONS[act](leaves[1])
+    torch.testing.assert_close(y, expected)
+    grads = (torch.autograd.grad(result.sum(), leaf) for result, leaf in zip((y, expected), leaves, strict=True))
+    torch.testing.assert_close(*grads)
 
 
 @needs_library
@@ -267,3 +272,73 @@ def test_nothing_of_the_size_of_the_input_is_kept_but_where_it_is_needed():
         with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
             iebn_eager(x, *params, None, None, True, 0.1, 1e-5, residual=other, act=act)
         assert sum(t.numel() == x.numel() for t in kept) == expected, act
+
+
+@needs_library
+@pytest.mark.parametrize("act", ["", "relu", "silu"])
+def test_an_input_may_be_its_own_residual_and_a_gradient_without_strides(act):
+    (x, *params), _ = draw((4, 24, 5, 6))
+    found = []
+    for path in (iebn_eager, composed):
+        leaves = [t.float().requires_grad_() for t in (x, *params)]
+        y = path(*leaves, None, None, True, 0.1, 1e-5, residual=leaves[0], act=act)
+        found.append(torch.autograd.grad(y.sum(), leaves))
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+@needs_library
+@pytest.mark.parametrize("act", ["", "silu"])
+def test_gradients_may_be_taken_many_at_once(act):
+    (x, *params), residual = draw((3, 4, 5, 6))
+    leaves, grads = [t.float().requires_grad_() for t in (x, *params, residual)], torch.randn(2, *x.shape)
+    y = iebn_eager(*leaves[:5], None, None, True, 0.1, 1e-5, residual=leaves[5], act=act)
+    at_once = torch.autograd.grad(y, leaves, grads, is_grads_batched=True, retain_graph=True)
+    for i in range(2):
+        for ours, expected in zip(at_once, torch.autograd.grad(y, leaves, grads[i], retain_graph=True), strict=True):
+            torch.testing.assert_close(ours[i], expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+
+
+class Watching(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+@needs_library
+@pytest.mark.parametrize("watched", ["forward", "backward"])
+@pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
+def test_what_is_recomputed_is_the_same_where_someone_watches_one_pass(block, watched):
+    made = fuse_blocks(randomize(block(16, 16 // block.expansion, norm_layer=IEBN2d, act_layer=torch.nn.SiLU)))
+    state, x, found = {k: v.clone() for k, v in made.state_dict().items()}, torch.randn(4, 16, 5, 6), []
+    for mode in (nullcontext, Watching):
+        made.load_state_dict(state)
+        leaf = x.clone().requires_grad_()
+        with mode() if watched == "forward" else nullcontext():
+            y = checkpoint(made, leaf, use_reentrant=False)
+        with mode() if watched == "backward" else nullcontext():
+            found.append(torch.autograd.grad(y.square().sum(), [leaf, *made.parameters()]))
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+
+
+@needs_library
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of the compiler's own
+@pytest.mark.parametrize("act", ["", "relu"])
+def test_a_backward_pass_that_a_compiler_looks_at(act):
+    """What it runs keeps no tensor longer than its code does, and the library must not write where one was."""
+    layer, x = randomize(IEBN2d(8)), torch.randn(2, 8, 3, 3)
+
+    @torch.compiler.disable
+    def forward(x):
+        return layer.normalize(x, None, act)
+
+    def step(x):
+        forward(x).square().sum().backward()
+
+    found = []
+    for run in (step, *(torch.compile(step, backend="eager"),) * 3):
+        leaf = x.clone().requires_grad_()
+        run(leaf)
+        found.append(leaf.grad)
+    for grad in found[1:]:
+        torch.testing.assert_close(grad, found[0])

@@ -127,7 +127,8 @@ def fuses(x: Tensor) -> bool:
     """Whether a residual and an activation behind the layer are computed with it."""
     if uses_reference() or is_transformed():
         return False
-    return uses_triton(x) or (not torch.compiler.is_compiling() and x.dim() == 4 and cpu.supports(x))
+    # whoever watches: what is kept for backward, and so for a recomputation, must not depend on it
+    return uses_triton(x) or (not torch.compiler.is_compiling() and x.dim() == 4 and cpu.takes(x))
 
 
 def passes_for(x: Tensor) -> ModuleType:

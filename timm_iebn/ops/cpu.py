@@ -18,18 +18,27 @@ from torch import Tensor
 from .activations import ACTIVATIONS
 from .layouts import is_channels_last, is_dense, like
 
+
+class _Pointer(c_void_p):
+    """Of a tensor, or of none. The library is given tensors, because a pointer would not keep its own alive."""
+
+    @classmethod
+    def from_param(cls, t: Tensor | None) -> c_void_p | None:
+        return None if t is None else c_void_p(t.data_ptr())
+
+
 _INTERFACE = 7  # of `_cpu.cpp`; both change when arguments do
 _ACTS = {name: number for number, name in enumerate(ACTIVATIONS)}  # in the order of `with_activation`
 _SHAPE = [c_int64] * 3 + [c_int] * 3
-_FORWARD = [c_void_p] * 4 + [c_double] + [c_void_p] * 6 + [c_int, c_void_p]
+_FORWARD = [_Pointer] * 4 + [c_double] + [_Pointer] * 6 + [c_int, _Pointer]
 _ARGUMENTS = {
-    "statistics": [c_void_p] * 4,
+    "statistics": [_Pointer] * 4,
     "normalize": _FORWARD,
     "forward": _FORWARD,
     "infer": _FORWARD,
-    "reduce": [c_void_p] * 6 + [c_double] + [c_void_p] * 7,
-    "grad_input": [c_void_p] * 6 + [c_double] + [c_void_p] * 3 + [c_double, c_void_p],
-    "backward": [c_void_p] * 6 + [c_double] + [c_void_p] * 4 + [c_int] + [c_void_p] * 7 + [c_double, c_void_p],
+    "reduce": [_Pointer] * 6 + [c_double] + [_Pointer] * 7,
+    "grad_input": [_Pointer] * 6 + [c_double] + [_Pointer] * 3 + [c_double, _Pointer],
+    "backward": [_Pointer] * 6 + [c_double] + [_Pointer] * 4 + [c_int] + [_Pointer] * 7 + [c_double, _Pointer],
 }
 
 
@@ -60,8 +69,8 @@ def load(capability: str) -> ctypes.CDLL | None:
 library = load(torch.backends.cpu.get_cpu_capability())
 
 
-def supports(x: Tensor) -> bool:
-    """Whether these passes can take `x`. Dispatch modes must see operations, which calls to the library are not."""
+def takes(x: Tensor) -> bool:
+    """Whether the library can take `x`."""
     return (
         library is not None
         and x.is_cpu
@@ -69,8 +78,13 @@ def supports(x: Tensor) -> bool:
         and (x.dtype == torch.float32 or x.dtype == torch.bfloat16)
         and is_dense(x)
         and not x.is_neg()
-        and torch._C._len_torch_dispatch_stack() == 0
+        and x.numel() > 0
     )
+
+
+def supports(x: Tensor) -> bool:
+    """Whether it is to: compilers and dispatch modes must see operations, which calls to the library are not."""
+    return takes(x) and torch._C._len_torch_dispatch_stack() == 0 and not torch.compiler.is_compiling()
 
 
 def _shape(x: Tensor) -> tuple[int, ...]:
@@ -93,14 +107,10 @@ def _dense(shape: torch.Size, *tensors: Tensor | None) -> list[Tensor | None]:
     return dense
 
 
-def _pointer(t: Tensor | None) -> int | None:
-    return None if t is None else t.data_ptr()
-
-
 def statistics(x: Tensor, batch: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
     mean_NC = x.new_empty(x.shape[:2], dtype=torch.float32)
     mean, var = (mean_NC.new_empty(x.shape[1]) if batch else None for _ in range(2))
-    library.iebn_statistics(*_shape(x), *map(_pointer, (x, mean_NC, mean, var)))
+    library.iebn_statistics(*_shape(x), x, mean_NC, mean, var)
     return mean_NC, mean, var
 
 
@@ -116,11 +126,8 @@ def normalize(
     gate_bias: Tensor,
 ) -> tuple[Tensor, Tensor]:
     y, gate_NC = torch.empty_like(x), torch.empty_like(mean_NC)
-    # kept in a list, because a pointer does not keep its tensor alive
-    vectors = _dense(x.shape[1:2], mean, var, weight, bias, gate_weight, gate_bias)
-    mean_p, var_p, *params = map(_pointer, vectors)
-    inputs = _pointer(x), _pointer(mean_NC), mean_p, var_p
-    library.iebn_normalize(*_shape(x), *inputs, eps, *params, _pointer(gate_NC), None, 0, _pointer(y))
+    mean, var, *params = _dense(x.shape[1:2], mean, var, weight, bias, gate_weight, gate_bias)
+    library.iebn_normalize(*_shape(x), x, mean_NC, mean, var, eps, *params, gate_NC, None, 0, y)
     return y, gate_NC
 
 
@@ -138,9 +145,7 @@ def reduce(
     mean, var, weight = _dense(x.shape[1:2], mean, var, weight)
     dz_NC, sums = torch.empty_like(mean_NC), mean.new_empty(2, x.shape[1])
     grads = tuple(torch.empty_like(mean) for _ in range(4))
-    inputs = map(_pointer, (g, x, mean_NC, gate_NC, mean, var))
-    results = map(_pointer, (weight, dz_NC, *grads, sums))
-    library.iebn_reduce(*_shape(x), *inputs, eps, *results)
+    library.iebn_reduce(*_shape(x), g, x, mean_NC, gate_NC, mean, var, eps, weight, dz_NC, *grads, sums)
     return dz_NC, grads, sums
 
 
@@ -159,9 +164,8 @@ def grad_input(
 ) -> Tensor:
     (gate_NC,), dx = _dense(x.shape[:2], gate_NC), torch.empty_like(x)
     mean, var, weight, gate_weight = _dense(x.shape[1:2], mean, var, weight, gate_weight)
-    inputs = map(_pointer, (g, x, gate_NC, dz_NC, mean, var))
-    params = map(_pointer, (weight, gate_weight, sums))
-    library.iebn_grad_input(*_shape(x), *inputs, eps, *params, float(count), dx.data_ptr())
+    inputs = g, x, gate_NC, dz_NC, mean, var
+    library.iebn_grad_input(*_shape(x), *inputs, eps, weight, gate_weight, sums, float(count), dx)
     return dx
 
 
@@ -187,12 +191,9 @@ def forward(
     if mean is None:
         mean, var = (mean_NC.new_empty(x.shape[1]) for _ in range(2))
         function = library.iebn_forward
-    # kept in a list, because a pointer does not keep its tensor alive
-    vectors = _dense(x.shape[1:2], mean, var, weight, bias, gate_weight, gate_bias)
-    mean_p, var_p, *params = map(_pointer, vectors)
-    inputs = _pointer(x), _pointer(mean_NC), mean_p, var_p
+    mean_C, var_C, *params = _dense(x.shape[1:2], mean, var, weight, bias, gate_weight, gate_bias)
     residual = None if residual is None else like(residual, x)
-    function(*_shape(x), *inputs, eps, *params, *map(_pointer, (gate_NC, residual)), _ACTS[act], y.data_ptr())
+    function(*_shape(x), x, mean_NC, mean_C, var_C, eps, *params, gate_NC, residual, _ACTS[act], y)
     return y, mean_NC, gate_NC, mean, var
 
 
@@ -212,21 +213,22 @@ def backward(
     act: str,
     count: int,
     needs_dx: bool,
+    needs_dresidual: bool,
 ) -> tuple[Tensor | None, tuple[Tensor, ...], Tensor]:
     """The gradients of `x`; of weight, bias, gate_weight and gate_bias; and of a residual. The input of `act` is found
-    from `residual` or `result`, see `kept`, or from `x`.
+    from `residual` or `result`, of which one or none was kept, and `x`.
     """
     mean_NC, gate_NC = _dense(x.shape[:2], mean_NC, gate_NC)
     mean, var, weight, bias, gate_weight = _dense(x.shape[1:2], mean, var, weight, bias, gate_weight)
-    kept = next((like(t, x) for t in (result, residual) if t is not None), None)
+    behind = residual if result is None else result
+    behind = None if behind is None else like(behind, x)
     g, dz_NC, room = like(g, x), torch.empty_like(mean_NC), mean.new_empty(6, x.shape[1])
     dx = torch.empty_like(x) if needs_dx else None
-    before = g  # the gradient before `act`, of which no one asks for a copy where there was no residual
+    before = g  # the gradient before `act`, which lies where `dx` will if no one asks for it
     if act:
-        before = torch.empty_like(x) if dx is None or kept is not None else dx
+        before = torch.empty_like(x) if needs_dresidual or dx is None else dx
     grads = room[:4].unbind()
-    inputs = map(_pointer, (g, x, mean_NC, gate_NC, mean, var))
-    params = map(_pointer, (weight, bias, gate_weight, kept))
-    results = map(_pointer, (before, dz_NC, *grads, room[4]))
-    library.iebn_backward(*_shape(x), *inputs, eps, *params, _ACTS[act], *results, count, _pointer(dx))
+    inputs = g, x, mean_NC, gate_NC, mean, var
+    params, results = (weight, bias, gate_weight, behind), (before, dz_NC, *grads, room[4])
+    library.iebn_backward(*_shape(x), *inputs, eps, *params, _ACTS[act], *results, count, dx)
     return dx, grads, before

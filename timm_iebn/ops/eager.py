@@ -54,7 +54,6 @@ class _IEBN(torch.autograd.Function):
         group: dist.ProcessGroup | None,
         act: str,
     ) -> Tensor:
-        """A `residual` and an `act` are for `cpu.forward` alone."""
         backend, params = passes_for(x), (weight, bias, gate_weight, gate_bias)
         # 0 says to `backward` that mean and var are constants
         count = x.shape[0] * x.shape[2] * x.shape[3] if batch else 0
@@ -63,7 +62,7 @@ class _IEBN(torch.autograd.Function):
             # for backward copies, which do not move with the running statistics
             wide, copy = wide_dtype(x), ctx is not None
             mean, var = running_mean.to(wide, copy=copy), running_var.to(wide, copy=copy)
-        if backend is cpu and group is None and x.numel():
+        if backend is cpu and group is None:
             behind = dict(residual=residual, act=act)
             y, mean_NC, gate_NC, mean, var = cpu.forward(x, mean, var, eps, *params, keep=ctx is not None, **behind)
         else:
@@ -74,6 +73,7 @@ class _IEBN(torch.autograd.Function):
             if group is not None:
                 mean, var, count = merge_statistics(mean, var, count, group)
             y, gate_NC = backend.normalize(x, mean_NC, mean, var, eps, *params)
+            y = followed(y, residual, act)
         if batch and running_mean is not None and (group is not None or x.numel()):
             update_running(running_mean, running_var, mean, var * (count / (count - 1)), momentum)
         if ctx is not None:
@@ -87,13 +87,13 @@ class _IEBN(torch.autograd.Function):
         params, backend = (weight, bias, gate_weight, gate_bias), ctx.backend
         if backend is cpu and not cpu.supports(x):  # hooks may have changed it, a mode may be watching
             backend = passes
-        # create_graph=True: the second derivative goes through the formula
-        if torch.is_grad_enabled() or (ctx.act and backend is passes):
+        if takes_formula(g) or (ctx.act and backend is passes):
             return (*reference_grads(ctx, (x, *params), mean, var, g, *behind, ctx.act), *_NO_GRADS)
-        if backend is cpu and ctx.group is None and x.numel():
-            scales = weight, bias, gate_weight, *behind, ctx.act, ctx.count, ctx.needs_input_grad[0]
+        if backend is cpu and ctx.group is None:
+            needs_dx, *_, needs_dresidual = ctx.needs_input_grad[:6]
+            scales = weight, bias, gate_weight, *behind, ctx.act, ctx.count, needs_dx, needs_dresidual
             dx, grads, dresidual = cpu.backward(g, x, mean_NC, gate_NC, mean, var, ctx.eps, *scales)
-            return dx, *of_params(params, grads), dresidual if ctx.needs_input_grad[5] else None, *_NO_GRADS
+            return dx, *of_params(params, grads), dresidual if needs_dresidual else None, *_NO_GRADS
         if backend is cpu:
             g = like(g, x)
         dz_NC, grads, sums = backend.reduce(g, x, mean_NC, gate_NC, mean, var, ctx.eps, weight)
@@ -112,6 +112,12 @@ def of_params(params: tuple[Tensor | None, ...], grads: Sequence[Tensor]) -> tup
 
 
 _NO_GRADS = (None,) * 7  # for what `_IEBN.forward` takes besides x, the parameters and the residual
+
+
+def takes_formula(g: Tensor) -> bool:
+    """Whether a gradient is to be differentiated again (create_graph=True), or `g` is many (is_grads_batched=True)."""
+    is_batched = not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(g)
+    return torch.is_grad_enabled() or is_batched
 
 
 def reference_grads(
@@ -194,6 +200,6 @@ def iebn_eager(
     """
     inputs = x, weight, bias, gate_weight, gate_bias
     given = running_mean, running_var, training, momentum, eps, group
-    if group is None and cpu.supports(x) and x.numel() and fits(x, residual):
+    if group is None and cpu.takes(x) and fits(x, residual):
         return call(_IEBN, (*inputs, residual), *given, act)
     return followed(call(_IEBN, (*inputs, None), *given, ""), residual, act)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import triton
 from .activations import kept
-from .eager import call, merge_statistics, of_params, reference_grads
+from .eager import call, merge_statistics, of_params, reference_grads, takes_formula
 from .layouts import like
 from .reference import update_running
 
@@ -94,7 +94,7 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple:
         x, weight, bias, gate_weight, gate_bias, residual, result, saved = ctx.saved_tensors
         params = weight, bias, gate_weight, gate_bias
-        if torch.is_grad_enabled():  # create_graph=True: the second derivative goes through the formula
+        if takes_formula(g):
             statistics = saved[-2], saved[-1]
             return (*reference_grads(ctx, (x, *params), *statistics, g, residual, result, ctx.act), *_NO_GRADS)
         given = weight, bias, gate_weight, residual, result, saved, ctx.count, ctx.eps, ctx.group, ctx.act

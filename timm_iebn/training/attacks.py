@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..layers import IEBN2d, IEBNAct2d, SyncBatchNorm2d, SyncBatchNormAct2d, sync_batch_norm
-from ..ops.activations import ACTIVATIONS
+from ..ops.activations import followed
 from ..recipe import Recipe, RecipeError
 from .data import fingerprint, load_images
 from .loaders import Share, make_generator
@@ -48,7 +48,7 @@ class _NoisyIEBN(_Noisy):
     def normalize(self, x: Tensor, residual: Tensor | None = None, act: str = "") -> Tensor:
         """As `IEBN2d.normalize`, with noise."""
         y = self._with_noise(super().normalize(x), self.gate(x))
-        return ACTIVATIONS[act](y if residual is None else y + residual)
+        return followed(y, residual, act)
 
 
 _NOISY = {
