@@ -229,6 +229,6 @@ def backward(
         before = torch.empty_like(x) if needs_dresidual or dx is None else dx
     grads = room[:4].unbind()
     inputs = g, x, mean_NC, gate_NC, mean, var
-    params, results = (weight, bias, gate_weight, behind), (before, dz_NC, *grads, room[4])
+    params, results = (weight, bias, gate_weight, behind), (before, dz_NC, *grads, room[4:])
     library.iebn_backward(*_shape(x), *inputs, eps, *params, _ACTS[act], *results, count, dx)
     return dx, grads, before
