@@ -3,7 +3,6 @@
 The parameters, their names and the results are those of timm's blocks, whose own `forward` runs everywhere else.
 """
 
-import torch
 from timm.layers import DropPath
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ def _is_off(module: nn.Module | None) -> bool:
 
 def _can_fuse(block: BasicBlock | Bottleneck, x: Tensor, depth: int) -> bool:
     """Whether nothing but an activation stands behind each norm of `block`, and no one looks between the two."""
-    if type(x) is not Tensor or torch.jit.is_tracing() or not fuses(x):
+    if type(x) is not Tensor or not fuses(x):
         return False
     norms = [getattr(block, f"bn{i}") for i in range(1, depth + 1)]
     acts = [getattr(block, f"act{i}") for i in range(1, depth + 1)]

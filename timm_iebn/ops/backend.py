@@ -125,7 +125,7 @@ def fits(x: Tensor, residual: Tensor | None) -> bool:
 
 def fuses(x: Tensor) -> bool:
     """Whether a residual and an activation behind the layer are computed with it."""
-    if uses_reference() or is_transformed():
+    if uses_reference() or is_transformed() or torch.jit.is_tracing():
         return False
     # whoever watches: what is kept for backward, and so for a recomputation, must not depend on it
     return uses_triton(x) or (not torch.compiler.is_compiling() and x.dim() == 4 and cpu.takes(x))

@@ -24,9 +24,14 @@ class _Noisy:
 
     noise_scale, noise_offset, noise_in_eval = 1.0, 0.0, False
 
+    @property
+    def has_noise(self) -> bool:
+        """Whether there is noise in this mode."""
+        return self.training or self.noise_in_eval
+
     def _with_noise(self, y: Tensor, gate: Tensor | float) -> Tensor:
         """`y` = weight * gate * xhat + bias, as it is for the xhat with noise."""
-        if not (self.training or self.noise_in_eval):
+        if not self.has_noise:
             return y
         weight = 1.0 if self.weight is None else self.weight
         bias = 0.0 if self.bias is None else self.bias
@@ -47,6 +52,8 @@ class _NoisyBatchNorm(_Noisy):
 class _NoisyIEBN(_Noisy):
     def normalize(self, x: Tensor, residual: Tensor | None = None, act: str = "") -> Tensor:
         """As `IEBN2d.normalize`, with noise."""
+        if not self.has_noise:
+            return super().normalize(x, residual, act)
         y = self._with_noise(super().normalize(x), self.gate(x))
         return followed(y, residual, act)
 
