@@ -9,6 +9,7 @@ from conftest import PATHS, randomize
 from numerics import LAYOUTS, SHAPES, composed, draw, running, strided
 from timm.layers import DropPath
 from timm.models.resnet import BasicBlock, Bottleneck
+from torch.autograd import forward_ad
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -288,15 +289,26 @@ def test_an_input_may_be_its_own_residual_and_a_gradient_without_strides(act):
 
 
 @needs_library
-@pytest.mark.parametrize("act", ["", "silu"])
-def test_gradients_may_be_taken_many_at_once(act):
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # of torch's own code
+@pytest.mark.parametrize("act", ["", "relu", "silu"])
+def test_gradients_may_be_taken_many_at_once_and_forward(act):
     (x, *params), residual = draw((3, 4, 5, 6))
     leaves, grads = [t.float().requires_grad_() for t in (x, *params, residual)], torch.randn(2, *x.shape)
     y = iebn_eager(*leaves[:5], None, None, True, 0.1, 1e-5, residual=leaves[5], act=act)
-    at_once = torch.autograd.grad(y, leaves, grads, is_grads_batched=True, retain_graph=True)
-    for i in range(2):
-        for ours, expected in zip(at_once, torch.autograd.grad(y, leaves, grads[i], retain_graph=True), strict=True):
-            torch.testing.assert_close(ours[i], expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+
+    def backward(grad, **kwargs):
+        return torch.autograd.grad(y, leaves, grad, retain_graph=True, **kwargs)
+
+    for at_once in (backward(grads, is_grads_batched=True), torch.vmap(backward)(grads)):
+        for i in range(2):
+            for ours, expected in zip(at_once, backward(grads[i]), strict=True):
+                torch.testing.assert_close(ours[i], expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+    if act == "silu":  # whose own gradient torch does not take forward
+        return
+    with forward_ad.dual_level():
+        tangents = [forward_ad.unpack_dual(d).tangent for d in backward(forward_ad.make_dual(*grads))]
+    for ours, expected in zip(tangents, backward(grads[1]), strict=True):  # linear in the gradient
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
 
 
 class Watching(TorchDispatchMode):

@@ -94,8 +94,11 @@ def test_a_config_json_of_another_shape_does_not_break_the_import(tmp_path, chan
         assert [folder.name for folder in read_zoo(tmp_path)] == ["net.a"]
 
 
-def test_a_damaged_cost_csv_is_named(tmp_path):
-    (tmp_path / "cost.csv").write_text("architecture,speed\nnet,1\n")
+@pytest.mark.parametrize("damage", ["architecture,speed\nnet,1\n", "cut", "longer"])
+def test_a_damaged_cost_csv_is_named(damage, tmp_path):
+    whole = (zoo.ZOO / "cost.csv").read_text()
+    text = dict(cut=whole[: whole.rindex(",")] + "\n", longer=whole.rstrip() + ",1\n").get(damage, damage)
+    (tmp_path / "cost.csv").write_text(text)
     with pytest.raises(ValueError, match="cost.csv is not as zoo_cost.py writes it"):
         zoo.read_costs(tmp_path / "cost.csv")
 

@@ -264,9 +264,12 @@ def read_costs(path: Path = ZOO / COSTS) -> list[Cost]:
         return []
     try:
         with open(path, newline="", encoding="utf-8") as file:
-            types = get_type_hints(Cost).items()
-            return [Cost(*(kind(row[key]) for key, kind in types)) for row in csv.DictReader(file, strict=True)]
-    except (KeyError, TypeError, ValueError, csv.Error) as e:
+            rows = list(csv.DictReader(file, strict=True))
+        types = get_type_hints(Cost)
+        if any(row.keys() != types.keys() or None in row.values() for row in rows):
+            raise ValueError(f"not every row has {', '.join(types)}")
+        return [Cost(*(kind(row[key]) for key, kind in types.items())) for row in rows]
+    except (ValueError, csv.Error) as e:
         raise ValueError(f"{path} is not as zoo_cost.py writes it: {describe(e)}") from e
 
 

@@ -114,7 +114,7 @@ Vec sigmoid(Vec z) {
 }
 
 // What may stand behind the layer, in the order of ACTIVATIONS in `activations.py`, and its gradient at an input `z`, or at
-// a result where FROM_RESULT there has it. Results that are NaN stay it.
+// a result where FROM_RESULT there has it. A result that is NaN stays it.
 struct None {
     static constexpr bool FROM_RESULT = false;
     Vec operator()(Vec z) const { return z; }

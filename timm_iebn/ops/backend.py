@@ -127,10 +127,15 @@ def fuses(x: Tensor) -> bool:
     """Whether a residual and an activation behind the layer are computed with it."""
     if uses_reference() or is_transformed() or torch.jit.is_tracing():
         return False
-    # whoever watches: what is kept for backward, and so for a recomputation, must not depend on it
-    return uses_triton(x) or (not torch.compiler.is_compiling() and x.dim() == 4 and cpu.takes(x))
+    # on CPU whoever watches, so that what is kept for backward, and so by a recomputation, does not depend on it
+    return uses_triton(x) or (not torch.compiler.is_compiling() and x.dim() == 4 and cpu.supports(x))
+
+
+def uses_cpu(x: Tensor) -> bool:
+    """Whether the library on CPU is to take `x`: compilers and dispatch modes must see operations, no calls to it."""
+    return cpu.supports(x) and torch._C._len_torch_dispatch_stack() == 0 and not torch.compiler.is_compiling()
 
 
 def passes_for(x: Tensor) -> ModuleType:
     """The module whose four passes are to take `x`, which Triton does not."""
-    return cpu if cpu.supports(x) else passes
+    return cpu if uses_cpu(x) else passes

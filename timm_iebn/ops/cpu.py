@@ -19,11 +19,11 @@ from .activations import ACTIVATIONS
 from .layouts import is_channels_last, is_dense, like
 
 
-class _Pointer(c_void_p):
+class _Pointer:
     """Of a tensor, or of none. The library is given tensors, because a pointer would not keep its own alive."""
 
-    @classmethod
-    def from_param(cls, t: Tensor | None) -> c_void_p | None:
+    @staticmethod
+    def from_param(t: Tensor | None) -> c_void_p | None:
         return None if t is None else c_void_p(t.data_ptr())
 
 
@@ -69,8 +69,8 @@ def load(capability: str) -> ctypes.CDLL | None:
 library = load(torch.backends.cpu.get_cpu_capability())
 
 
-def takes(x: Tensor) -> bool:
-    """Whether the library can take `x`."""
+def supports(x: Tensor) -> bool:
+    """Whether these passes can take `x`."""
     return (
         library is not None
         and x.is_cpu
@@ -80,11 +80,6 @@ def takes(x: Tensor) -> bool:
         and not x.is_neg()
         and x.numel() > 0
     )
-
-
-def supports(x: Tensor) -> bool:
-    """Whether it is to: compilers and dispatch modes must see operations, which calls to the library are not."""
-    return takes(x) and torch._C._len_torch_dispatch_stack() == 0 and not torch.compiler.is_compiling()
 
 
 def _shape(x: Tensor) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import cpu, passes
 from .activations import ACTIVATIONS, followed, kept
-from .backend import fits, passes_for
+from .backend import fits, is_transformed, passes_for, uses_cpu
 from .layouts import like
 from .reference import iebn_reference, update_running, wide_dtype
 
@@ -85,7 +85,7 @@ class _IEBN(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple:
         x, weight, bias, gate_weight, gate_bias, *behind, mean_NC, mean, var, gate_NC = ctx.saved_tensors
         params, backend = (weight, bias, gate_weight, gate_bias), ctx.backend
-        if backend is cpu and not cpu.supports(x):  # hooks may have changed it, a mode may be watching
+        if backend is cpu and not uses_cpu(x):  # hooks may have changed it, a mode may be watching
             backend = passes
         if takes_formula(g) or (ctx.act and backend is passes):
             return (*reference_grads(ctx, (x, *params), mean, var, g, *behind, ctx.act), *_NO_GRADS)
@@ -117,7 +117,7 @@ _NO_GRADS = (None,) * 7  # for what `_IEBN.forward` takes besides x, the paramet
 def takes_formula(g: Tensor) -> bool:
     """Whether a gradient is to be differentiated again (create_graph=True), or `g` is many (is_grads_batched=True)."""
     is_batched = not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(g)
-    return torch.is_grad_enabled() or is_batched
+    return torch.is_grad_enabled() or is_batched or is_transformed()
 
 
 def reference_grads(
@@ -132,12 +132,12 @@ def reference_grads(
 ) -> list:
     """The gradients of x, the parameters and the residual; with create_graph=True they can be differentiated again."""
     if ctx.group is not None:
-        raise NotImplementedError("synchronised IEBN has no second derivative: compute it in one process")
+        raise NotImplementedError(
+            "synchronised IEBN has no second derivative, and no gradients of many at once: compute them in one process"
+        )
     mean, var = (mean, var) if ctx.count == 0 else (None, None)
     if result is not None:  # of an activation without a second derivative: its slope is all that matters
-        end = result.detach().requires_grad_()
-        with torch.enable_grad():
-            (slope,) = torch.autograd.grad(ACTIVATIONS[act](end).sum(), end)
+        slope = torch.func.grad(lambda end: ACTIVATIONS[act](end).sum())(result.detach())
         grad, act = grad * slope, ""
     is_twice = torch.is_grad_enabled()
     with torch.enable_grad():
@@ -200,6 +200,6 @@ def iebn_eager(
     """
     inputs = x, weight, bias, gate_weight, gate_bias
     given = running_mean, running_var, training, momentum, eps, group
-    if group is None and cpu.takes(x) and fits(x, residual):
+    if group is None and cpu.supports(x) and fits(x, residual):
         return call(_IEBN, (*inputs, residual), *given, act)
     return followed(call(_IEBN, (*inputs, None), *given, ""), residual, act)
