@@ -115,9 +115,12 @@ _NO_GRADS = (None,) * 7  # for what `_IEBN.forward` takes besides x, the paramet
 
 
 def takes_formula(g: Tensor) -> bool:
-    """Whether a gradient is to be differentiated again (create_graph=True), or `g` is many (is_grads_batched=True)."""
-    is_batched = not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(g)
-    return torch.is_grad_enabled() or is_batched or is_transformed()
+    """Whether a gradient is to be differentiated again (create_graph=True, forward mode), or `g` is many of them (vmap,
+    is_grads_batched=True).
+    """
+    if torch.is_grad_enabled() or is_transformed():
+        return True
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(g)
 
 
 def reference_grads(
@@ -200,6 +203,7 @@ def iebn_eager(
     """
     inputs = x, weight, bias, gate_weight, gate_bias
     given = running_mean, running_var, training, momentum, eps, group
-    if group is None and cpu.supports(x) and fits(x, residual):
-        return call(_IEBN, (*inputs, residual), *given, act)
-    return followed(call(_IEBN, (*inputs, None), *given, ""), residual, act)
+    # a bare layer is not asked twice: `_IEBN` looks at the input itself
+    if (act or residual is not None) and not (group is None and cpu.supports(x) and fits(x, residual)):
+        return followed(call(_IEBN, (*inputs, None), *given, ""), residual, act)
+    return call(_IEBN, (*inputs, residual), *given, act)
