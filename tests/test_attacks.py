@@ -9,6 +9,7 @@ from conftest import randomize
 from timm.layers import BatchNormAct2d
 from timm.utils import ModelEmaV3
 from torch.nn import functional as F
+from training import THIN
 
 import timm_iebn
 from timm_iebn.layers import SyncBatchNorm2d, SyncBatchNormAct2d
@@ -113,7 +114,7 @@ def test_what_cannot_be_attacked_is_named():
 
 
 def recipe(**changes):
-    small = dict(model="resnet20_cifar_iebn", model_args=dict(depth=1))
+    small = dict(model="resnet20_cifar_iebn", model_args=THIN)
     return Recipe(**small | dict(data="digits", batch_size=700, epochs=1, milestones=(), lr=0.01) | changes)
 
 

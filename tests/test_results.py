@@ -171,10 +171,10 @@ def test_what_is_wrong_with_the_zoo_is_said_in_a_line(tmp_path):
     shutil.copytree(run, run.with_name("resnet20_cifar.copy"))
     assert "update_zoo.py: resnet20_cifar.copy is the same run as resnet20" in (result := check()).stderr
     run.with_name("resnet20_cifar.copy").rename(run.with_name("misnamed"))
-    assert "misnamed is left out" in check().stderr and "misnamed" not in check().stdout
     with open(run / "model.safetensors", "r+b") as file:
         file.truncate(1000)
     damaged = check()
+    assert "misnamed is left out" in damaged.stderr and "misnamed" not in damaged.stdout
     assert "model.safetensors is damaged" in damaged.stderr
     assert result.returncode == 1 and "Traceback" not in result.stderr + damaged.stderr
 

@@ -12,7 +12,7 @@ import timm
 import torch
 from accelerate.utils import set_seed
 from safetensors.torch import load_file
-from training import ENVIRONMENT, RICH, SCRIPTS, SHORT, SMALL, image_folder, log, run, started, wait_for, weights
+from training import ENVIRONMENT, RICH, SCRIPTS, SHORT, SMALL, THIN, image_folder, log, run, started, wait_for, weights
 
 from timm_iebn.recipe import Recipe
 from timm_iebn.run_log import read_log
@@ -189,7 +189,7 @@ def test_a_finished_run_is_only_reported(uninterrupted, tmp_path):
 
 @pytest.mark.parametrize("changes", [dict(opt="lamb"), dict(opt="adafactorbv"), dict(freeze_gates=True)], ids=str)
 def test_optimizers_with_a_state_of_their_own_go_on_to_the_same_bits(changes, tmp_path):
-    given = dict(model="resnet20_cifar_iebn", model_args=dict(depth=1), data="digits", epochs=3, batch_size=700)
+    given = dict(model="resnet20_cifar_iebn", model_args=THIN, data="digits", epochs=3, batch_size=700)
     recipe = Recipe(**given, milestones=(), lr=0.001, **changes)
     whole, cut = (Trainer(recipe, tmp_path / name) for name in ("whole", "cut"))
     whole.train_epoch()
@@ -310,7 +310,7 @@ def test_a_signal_to_the_whole_group_spares_the_workers(tmp_path):
 
 
 def test_a_run_that_can_not_go_on_does_not_keep_the_folder_from_the_next(tmp_path):
-    recipe = Recipe(model="resnet20_cifar", data="digits", epochs=1, milestones=(), batch_size=700)
+    recipe = Recipe(model="resnet20_cifar", model_args=THIN, data="digits", epochs=1, milestones=(), batch_size=700)
     trainer = Trainer(recipe, tmp_path / "out", checkpoint_updates=1)
     trainer._save()
     trainer.lock.release()
@@ -324,7 +324,7 @@ def test_a_run_that_can_not_go_on_does_not_keep_the_folder_from_the_next(tmp_pat
 
 
 def test_a_full_disk_leaves_the_checkpoint_and_no_half_folder(tmp_path, monkeypatch):
-    recipe = Recipe(model="resnet20_cifar", data="digits", epochs=1, milestones=(), batch_size=700)
+    recipe = Recipe(model="resnet20_cifar", model_args=THIN, data="digits", epochs=1, milestones=(), batch_size=700)
     trainer = Trainer(recipe, tmp_path / "out")
 
     def full(*_):

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from training import THIN, started, wait_for
 from training import run as run_script
-from training import started, wait_for
 
 from timm_iebn.recipe import Recipe, RecipeError, load_recipe
 from timm_iebn.study import RUN_FILES, keep, load_study, same_run
@@ -14,9 +14,9 @@ from timm_iebn.study_report import read_results
 from timm_iebn.study_report import report as report_on
 
 STUDIES = sorted(Path(__file__).parents[1].glob("zoo/studies/*/study.yaml"))
-RECIPE = """\
+RECIPE = f"""\
 model: resnet20_cifar
-model_args: {depth: 1}
+model_args: {THIN}
 data: digits
 epochs: 1
 milestones: []

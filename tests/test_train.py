@@ -16,7 +16,7 @@ import torch
 from accelerate.utils import is_compiled_module
 from packaging.version import Version
 from torch import nn
-from training import ENVIRONMENT, SHORT, SMALL, image_folder, run, weights
+from training import ENVIRONMENT, SHORT, SMALL, THIN, image_folder, run, weights
 
 from timm_iebn.environment import commit_of
 from timm_iebn.model_folder import save_weights
@@ -84,6 +84,18 @@ def test_validate_takes_any_number_of_processes(trained):
     # some versions of torch print something of the processes too
     one, two = ([line for line in r.stdout.splitlines() if "test loss" in line] for r in (one, two))
     assert one == two and len(one) == 1
+
+
+def test_a_folder_whose_preprocessing_is_none_is_named(trained, tmp_path):
+    folder = tmp_path / trained[0].name
+    shutil.copytree(trained[0], folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["pretrained_cfg"]["std"] = ["x"]
+    (folder / "config.json").write_text(json.dumps(config))
+    result = run(folder, cwd=tmp_path, script="validate.py")
+    assert (
+        result.returncode == 2 and f"can't use '{folder}'" in result.stderr and "normalised by the std" in result.stderr
+    )
 
 
 def test_an_image_that_is_damaged_is_named_and_ends_the_run(tmp_path):
@@ -246,7 +258,7 @@ def test_averaged_weights_are_what_is_saved_and_evaluated(uninterrupted):
         ["grad_accumulation=4", "opt=sgd", "sched=cosine", "warmup_epochs=1", "min_lr=0.001"],
         [
             "grad_checkpointing=true",
-            "model_args={depth: 1, drop_path_rate: 0.1}",
+            f"model_args={THIN | dict(drop_path_rate=0.1)}",
             "channels_last=false",
             "decay_norms=false",
         ],
@@ -411,15 +423,3 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     with pytest.raises(TrainingError, match="weights are not finite.*no checkpoint yet"):
         trainer._save()
     assert not list((tmp_path / "out.run").glob("*.safetensors"))
-
-
-def test_a_folder_whose_preprocessing_is_none_is_named(trained, tmp_path):
-    folder = tmp_path / trained[0].name
-    shutil.copytree(trained[0], folder)
-    config = json.loads((folder / "config.json").read_text())
-    config["pretrained_cfg"]["std"] = ["x"]
-    (folder / "config.json").write_text(json.dumps(config))
-    result = run(folder, cwd=tmp_path, script="validate.py")
-    assert (
-        result.returncode == 2 and f"can't use '{folder}'" in result.stderr and "normalised by the std" in result.stderr
-    )

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
-from training import ENVIRONMENT
+from training import ENVIRONMENT, THIN
 
 from timm_iebn.recipe import Recipe
 from timm_iebn.training import Trainer
@@ -45,7 +45,7 @@ def test_weight_decay_is_on_norms_biases_and_gates_if_the_recipe_says_so(decay_n
 def test_frozen_gates_stay_as_they_start_and_everything_else_is_trained(tmp_path, start):
     given = dict(model="resnet20_cifar_iebn", data="digits", batch_size=700, epochs=1, milestones=(), lr=0.01)
     folder = tmp_path / "out"
-    trainer = Trainer(Recipe(**given, model_args=dict(depth=1, **start), freeze_gates=True), folder)
+    trainer = Trainer(Recipe(**given, model_args=THIN | start, freeze_gates=True), folder)
     before = {name: p.detach().clone() for name, p in trainer.workload.net.named_parameters()}
     trainer.fit()
     assert "Here the gates were not trained" in (folder / "README.md").read_text()

@@ -14,12 +14,11 @@ import timm
 from hub_client import SETTINGS
 from hub_server import Hub
 from PIL import Image
-from training import ENVIRONMENT, SCRIPTS, command, image_folder, run, started, wait_for, weights
+from training import ENVIRONMENT, RICH, SCRIPTS, command, image_folder, run, started, wait_for, weights
 
 from timm_iebn.model_folder import FILES
 
 from . import TOKEN, Failures, Outcome
-from .kills import SMALL
 from .readers import TAG, write_folder
 
 ROOT = SCRIPTS.parent
@@ -118,10 +117,10 @@ def clock_that_jumps(times: int, seed: int, folder: Path) -> Outcome:
         text=True,
     ).stdout
     failures.expect(years.count(",") > 1, f"the clock does not jump: {years}")
-    assert run("--output", whole, *SMALL, cwd=folder).returncode == 0
+    assert run("--output", whole, *RICH, cwd=folder).returncode == 0
     for i in range(times):
         output = folder / f"jumped{i}"
-        args = ["--output", output, "--resume", "--checkpoint-updates", "1", *SMALL]
+        args = ["--output", output, "--resume", "--checkpoint-updates", "1", *RICH]
         with started(*args) as process:
             wait_for("*3.safetensors", output.with_name(f"{output.name}.run"), process)
             process.kill()
@@ -145,7 +144,7 @@ def worker_that_dies(times: int, seed: int, folder: Path) -> Outcome:
     for i in range(times):
         output = folder / f"out{i}"
         args = ["--output", output, "--data-dir", images, "--workers", "2", "--checkpoint-updates", "1", "--resume"]
-        args += [*(arg for arg in SMALL if not arg.startswith("mix_")), "data=folder", "loader=timm", "batch_size=8"]
+        args += [*(arg for arg in RICH if not arg.startswith("mix_")), "data=folder", "loader=timm", "batch_size=8"]
         args += ["epochs=6"]
         with started(*args) as process:
             wait_for("0*.safetensors", output.with_name(f"{output.name}.run"), process)
@@ -172,7 +171,7 @@ def rank_that_dies(times: int, seed: int, folder: Path) -> Outcome:
     failures, seconds = Failures(), []
     for i in range(times):
         output = folder / f"out{i}"
-        args = ["--output", output, "--resume", "--checkpoint-updates", "2", *SMALL, "batch_size=20"]
+        args = ["--output", output, "--resume", "--checkpoint-updates", "2", *RICH, "batch_size=20"]
         with started(*args, processes=2) as launched:
             wait_for("0*.safetensors", output.with_name(f"{output.name}.run"), launched)
             start = time.monotonic()

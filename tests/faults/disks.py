@@ -10,13 +10,12 @@ from random import Random
 from hub_client import SETTINGS
 from hub_server import Hub
 from hub_storage import Repo
-from training import ENVIRONMENT, command, run, weights
+from training import ENVIRONMENT, RICH, command, run, weights
 
 from timm_iebn.model_folder import FILES
 from timm_iebn.training.checkpoint import read_checkpoint
 
 from . import TOKEN, Failures, Outcome
-from .kills import SMALL
 from .readers import TAG, write_folder
 
 # A disk of its own, of $1 kB, at $2, in a name space that ends with the script: the lines on standard input.
@@ -61,8 +60,8 @@ def full_disk_in_training(times: int, seed: int, folder: Path) -> Outcome:
     """A disk that is too small by a random amount; then it grows, and the same command goes on."""
     random, failures, ends = Random(f"{seed} full disk"), Failures(), []
     whole = folder / "whole"
-    assert run("--output", whole, *SMALL, cwd=folder).returncode == 0
-    train = shell("--output", "out", "--resume", "--checkpoint-updates", 1, *SMALL)
+    assert run("--output", whole, *RICH, cwd=folder).returncode == 0
+    train = shell("--output", "out", "--resume", "--checkpoint-updates", 1, *RICH)
     for i in range(times):
         size, kept = random.choice([*range(4, 400, 4)]), folder / f"kept{i}"
         grow = f"mkdir {kept} && cp -r . {kept}/full\nmount -o remount,size=100m .\n"
@@ -123,7 +122,7 @@ def _names(said: str, *words: str) -> bool:
 def read_only_folders(times: int, seed: int, folder: Path) -> Outcome:
     """Training into a folder that can't be written to, from the start or from its first checkpoint on."""
     failures, kept = Failures(), folder / "kept"
-    train = shell("--output", "out", "--resume", "--checkpoint-updates", 1, *SMALL)
+    train = shell("--output", "out", "--resume", "--checkpoint-updates", 1, *RICH)
     cover = "while ! ls out.run/0*1.safetensors; do sleep 0.1; done; mount -t tmpfs -o ro none out.run"
     script = f"""\
 mount -o remount,ro .

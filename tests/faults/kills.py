@@ -40,8 +40,6 @@ from .readers import TAG, write_folder
 
 LIMIT_S = 90
 ENVIRONMENT = dict(OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true", COLUMNS="200")
-# a few seconds of training, of which many are spent on checkpoints; with all that has a state
-SMALL = [*RICH, "model_args={drop_rate: 0.1, depth: 1, channels: [4, 8, 16], stem_chans: 4}"]
 TIMING = ("images_per_second", "seconds")
 
 
@@ -124,13 +122,13 @@ def training(kills: int, seed: int, folder: Path) -> Outcome:
     with client(folder / "home", "http://127.0.0.1:9", "", **ENVIRONMENT) as call:
         call(ready)
         start = time.monotonic()
-        assert call(script_ended, "train.py", ["--output", whole, *SMALL], LIMIT_S, said) == 0, said.read_text()
+        assert call(script_ended, "train.py", ["--output", whole, *RICH], LIMIT_S, said) == 0, said.read_text()
         seconds = time.monotonic() - start
         while done < kills:
             runs += 1
             here = folder / f"run{runs}"
             here.mkdir()
-            args = ["--output", here / "out", "--resume", "--checkpoint-updates", 1, *SMALL]
+            args = ["--output", here / "out", "--resume", "--checkpoint-updates", 1, *RICH]
             try:
                 while (status := call(script_ended, "train.py", args, random.uniform(0, 0.7 * seconds), said)) is None:
                     done += 1
