@@ -67,7 +67,7 @@ def test_killed_before_the_clean_up_it_only_cleans_up(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["out"] and weights(folder) == before
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_asked_to_stop_it_leaves_a_checkpoint_and_says_how_to_go_on(signum, uninterrupted, tmp_path):
     folder = tmp_path / "out"
     args = ["--output", folder, "--resume", "--checkpoint-updates", "1", *RICH]

@@ -66,7 +66,7 @@ def sync_worker(rank, folder, sizes):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("sizes", [(4, 4), (5, 3)])
+@pytest.mark.parametrize("sizes", [(5, 3), pytest.param((4, 4), marks=pytest.mark.slow)])
 def test_two_processes_are_one(sizes, tmp_path):
     nets = {name: randomize(timm.create_model(name)).double() for name in SYNCED}
     x, target = torch.randn(8, 3, 32, 32, dtype=torch.float64), torch.randint(0, 100, (8,))
