@@ -31,11 +31,16 @@ run() {
 }
 export -f run
 
+set -m # runs in a process group of their own, so that a signal reaches all of them
 for seed in ${SEEDS:-0 1 2}; do
     for model in $models; do
         for norm in $norms; do
             echo "$model${norm#-} $seed"
         done
     done
-done | xargs -P "${JOBS:-1}" -L 1 bash -c 'set -euo pipefail; run "${@: -2}" "${@:1:$#-2}"' run "$@"
+done | xargs -P "${JOBS:-1}" -L 1 bash -c 'set -euo pipefail; run "${@: -2}" "${@:1:$#-2}"' run "$@" &
+trap 'kill -- "-$(jobs -p)"; exit 143' INT TERM
+status=0
+wait $! || status=$?
 python scripts/update_zoo.py --table "$OUTPUT"
+exit $status

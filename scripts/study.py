@@ -18,7 +18,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
-from typing import TextIO
+from typing import TextIO, TypeVar
 
 from timm_iebn.recipe import load_recipe
 from timm_iebn.study import Run, Study, keep, load_study, same_run
@@ -26,6 +26,7 @@ from timm_iebn.study_report import write_report
 from timm_iebn.training.data import add_data_dir
 
 ROOT = Path(__file__).parents[1]
+Result = TypeVar("Result")
 
 
 def say(line: str, file: TextIO = sys.stdout) -> None:
@@ -63,7 +64,7 @@ class Queue:
         names = ", ".join(f"{study.folder.name}: {run.name}" for study, run in wanted)
         made = same_run(*wanted[0])  # another process may have made it meanwhile
         say(f"{place + 1}/{len(self.todo)} {names}{f' is {made}' if made else ''}")
-        folder = made or self.train(*wanted[0])
+        folder = made or self.attempt(lambda: self.train(*wanted[0]))
         for study, run in wanted:
             if folder:
                 self.attempt(lambda study=study, run=run: keep(study, run, folder))
@@ -90,13 +91,14 @@ class Queue:
         """Writes what the study's logs say."""
         self.attempt(lambda: write_report(study))
 
-    def attempt(self, write: Callable[[], None]) -> None:
-        """`write()`; that it can't is no reason to stop the other runs."""
+    def attempt(self, work: Callable[[], Result]) -> Result | None:
+        """`work()`; that it can't be done is no reason to stop the other runs."""
         try:
-            write()
+            return work()
         except (OSError, ValueError) as e:
             self.failed = True
             say(f"study.py: {e}", sys.stderr)
+            return None
 
 
 def main() -> int:
@@ -112,10 +114,13 @@ def main() -> int:
     add_data_dir(parser)
     parser.add_argument("--mix-data-dir", default="", help="for scripts/train.py")
     args = parser.parse_args()
+    if args.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {args.jobs}")
+    os.environ["DATA_DIR"] = args.data_dir  # not as an option, which runs on the digits would refuse
     try:
         studies = [load_study(folder, args.again, args.change) for folder in args.studies]
         output = args.output or args.again or Path("output") / "studies"
-        queue = Queue(studies, output, ["--data-dir", args.data_dir, "--mix-data-dir", args.mix_data_dir])
+        queue = Queue(studies, output, ["--mix-data-dir", args.mix_data_dir])
     except (OSError, ValueError) as e:  # RecipeError too
         print(f"study.py: {e}", file=sys.stderr)
         return 2

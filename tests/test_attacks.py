@@ -15,6 +15,7 @@ import timm_iebn
 from timm_iebn.layers import SyncBatchNorm2d, SyncBatchNormAct2d
 from timm_iebn.ops import backend
 from timm_iebn.recipe import Recipe, RecipeError
+from timm_iebn.run_log import columns_of
 from timm_iebn.training import Trainer
 from timm_iebn.training.attacks import Strangers, add_constant_noise, noise_in_eval
 from timm_iebn.training.batch_noise import batch_noise
@@ -170,6 +171,7 @@ def test_the_noise_is_evaluated_too(tmp_path):
     trainer = Trainer(recipe(**noise), tmp_path / "out")
     row = trainer.fit()
     net = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    assert [*row] == columns_of(trainer.recipe)
     assert 0 <= row["test_top1_with_noise"] <= 100 and row["feature_noise"] > 0 and row["gradient_noise"] > 0
     images, labels = choose_images(load_images(trainer.recipe, "test"), 359, trainer.workload.test_loader.share, {})
     add_constant_noise(net.eval(), 0.5, 0.5)

@@ -24,6 +24,12 @@ def test_overrides_win_over_the_file():
     assert (recipe.lr, recipe.milestones, recipe.epochs, recipe.weight_decay) == (0.25, (3, 4), 7, 1e-4)
 
 
+def test_numbers_are_read_as_json_and_python_write_them():
+    overrides = ['opt_args={"eps": 1e-08, "a": 2.5E3, "b": -.5e+1}', "data_config={mean: [1e-1, 0.1, 1.e-1]}"]
+    recipe = load_recipe(RECIPES[0], overrides)
+    assert recipe.opt_args == dict(eps=1e-8, a=2500.0, b=-5.0) and recipe.data_config == dict(mean=[0.1] * 3)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -1,5 +1,6 @@
 """What is written about the zoo, and the script that trains all of it."""
 
+import math
 import os
 import shutil
 import subprocess
@@ -8,10 +9,19 @@ from pathlib import Path
 
 import pytest
 from conftest import write_config
-from training import SMALL
+from filelock import FileLock
+from training import SMALL, wait_for
 
 from timm_iebn.recipe import Recipe, load_recipe
-from timm_iebn.results import compare, costs_table, paired_difference, plot_results, results_table, short_table
+from timm_iebn.results import (
+    compare,
+    costs_table,
+    mean_and_spread,
+    paired_difference,
+    plot_results,
+    results_table,
+    short_table,
+)
 from timm_iebn.run_log import read_log
 from timm_iebn.zoo import COSTS, Cost, read_costs, read_zoo
 
@@ -56,7 +66,7 @@ def test_runs_that_differ_in_norm_and_seed_are_compared(tmp_path):
     assert bn[:4] == ["resnet164_cifar", "cifar100", "164", "batch norm"]
     assert bn[4:10] == ["1.727 M", "247 M", "61.6 (CPU, batch 8)", "71.00 ± 1.41 (2 seeds)", "", "74.29"]
     assert iebn[3] == "IEBN" and iebn[6:10] == ["-", "75.00 (one seed)", "+5.00", "77.09"]
-    assert se[3] == "squeeze-and-excitation" and se[7:10] == ["73.00 ± 1.41 (2 seeds)", "+2.00 [+2.00, +2.00]", "-"]
+    assert se[3] == "squeeze-and-excitation" and se[7:10] == ["73.00 ± 1.41 (2 seeds)", "+2.00 (each)", "-"]
     assert neutral[3] == "IEBN, neutral gates" and neutral[7:10] == ["76.00 (one seed)", "+4.00", "-"]
     assert [row[0] for row in frozen] == ["resnet164_cifar, for study"] * 2
     assert [(row[3], row[7]) for row in frozen] == [
@@ -134,6 +144,15 @@ def test_a_paired_difference_has_students_interval(seeds, spread, t):
     assert paired_difference({0: 71.0}, baseline) == "+1.00" and paired_difference({7: 1.0}, baseline) == "-"
 
 
+def test_no_figure_is_rounded_to_what_says_nothing():
+    assert paired_difference({0: 1.0010, 1: 2.0012}, {0: 1.0, 1: 2.0}) == "+0.0011 [-0.0002, +0.0024]"
+    assert paired_difference({0: 70.28, 1: 0.38}, {0: 70.0, 1: 0.1}) == "+0.28 (each)"
+    assert mean_and_spread([0.0010, 0.0014]) == "0.0012 ± 0.0003 (2 seeds)"
+    assert mean_and_spread([65.0, 66.0]) == "65.50 ± 0.71 (2 seeds)"
+    assert mean_and_spread([math.nan, 66.0]) == "nan ± nan (2 seeds)"
+    assert paired_difference({0: math.inf, 1: 66.0}, {0: 1.0, 1: 2.0}) == "+inf [+nan, +nan]"
+
+
 def test_the_plot_shows_both_norms(tmp_path):
     add_run(tmp_path, "a", 70.0)
     add_run(tmp_path, "c", 75.0, model="resnet164_cifar_iebn")
@@ -187,10 +206,19 @@ def test_one_command_starts_or_continues_the_whole_list(tmp_path):
     environment |= dict(OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true")
     command = [ROOT / "scripts" / "reproduce.sh", "data=digits", "data_config={}", "epochs=1"]
     command += ["milestones=[]", SMALL]
+    outputs = [tmp_path / f"{model}.digits_1epochs_seed0" for model in ("resnet20_cifar", "resnet20_cifar_iebn")]
+    one_by_one = environment | dict(JOBS="1")
+    with subprocess.Popen(command, env=one_by_one, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as stopped:
+        wait_for(f"{outputs[0].name}.run/lock", tmp_path, stopped)
+        stopped.terminate()
+    assert stopped.returncode == 143
+    with FileLock(tmp_path / f"{outputs[0].name}.run" / "lock", timeout=60):  # the signal has reached the run too
+        assert not outputs[0].exists() and not (tmp_path / "resnet20_cifar_iebn.cifar100_authors_seed0.txt").exists()
     for _ in range(2):
         result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
         assert result.returncode == 0, result.stdout + result.stderr
-    for model in ("resnet20_cifar", "resnet20_cifar_iebn"):
-        assert (tmp_path / f"{model}.digits_1epochs_seed0" / "model.safetensors").exists()
+    for output in outputs:
+        assert (output / "model.safetensors").exists()
+        model = output.name.partition(".")[0]
         said = (tmp_path / f"{model}.cifar100_authors_seed0.txt").read_text()
         assert said.count("epoch   1/1") == 1 and said.count("on the test split") == 2, said

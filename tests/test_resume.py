@@ -14,6 +14,7 @@ from accelerate.utils import set_seed
 from safetensors.torch import load_file
 from training import ENVIRONMENT, RICH, SCRIPTS, SHORT, SMALL, THIN, image_folder, log, run, started, wait_for, weights
 
+from timm_iebn.environment import environment
 from timm_iebn.recipe import Recipe
 from timm_iebn.run_log import read_log
 from timm_iebn.training import Trainer, train
@@ -321,6 +322,18 @@ def test_a_run_that_can_not_go_on_does_not_keep_the_folder_from_the_next(tmp_pat
         Trainer(recipe, tmp_path / "out", resume=True)
     checkpoint.write_bytes(whole)
     assert train(recipe, tmp_path / "out", resume=True)["epoch"] == 1 and error  # as a notebook keeps the last one
+
+
+def test_every_environment_that_a_run_was_in_is_told(tmp_path, monkeypatch):
+    recipe = Recipe(model="resnet20_cifar", model_args=THIN, data="digits", epochs=1, milestones=(), batch_size=700)
+    with monkeypatch.context() as patch:
+        patch.setattr("timm_iebn.training.trainer.environment", lambda _: "# another machine\n")
+        trainer = Trainer(recipe, tmp_path / "out")
+    trainer._save()
+    trainer.lock.release()
+    train(recipe, tmp_path / "out", resume=True)
+    before, _, here = (tmp_path / "out" / "environment.txt").read_text().partition("\n\n")
+    assert before == "# another machine" and here == environment(torch.device("cpu"))
 
 
 def test_a_full_disk_leaves_the_checkpoint_and_no_half_folder(tmp_path, monkeypatch):

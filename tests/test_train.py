@@ -16,12 +16,12 @@ import torch
 from accelerate.utils import is_compiled_module
 from packaging.version import Version
 from torch import nn
-from training import ENVIRONMENT, SHORT, SMALL, THIN, image_folder, run, weights
+from training import ENVIRONMENT, SHORT, SMALL, THIN, image_folder, log, run, weights
 
 from timm_iebn.environment import commit_of
 from timm_iebn.model_folder import save_weights
 from timm_iebn.recipe import Recipe, RecipeError, load_recipe
-from timm_iebn.run_log import read_log
+from timm_iebn.run_log import columns_of, read_log
 from timm_iebn.training import Trainer, TrainingError
 from timm_iebn.training.data import Images
 from timm_iebn.training.evaluate import evaluate, open_network
@@ -42,7 +42,8 @@ def test_the_default_writes_a_complete_model_folder(trained):
     folder, output = trained
     names = "model.safetensors config.json README.md recipe.yaml log.csv curves.png environment.txt"
     assert {p.name for p in folder.iterdir()} == set(names.split())
-    assert load_recipe(folder / "recipe.yaml").epochs == 2
+    recipe = load_recipe(folder / "recipe.yaml")
+    assert recipe.epochs == 2 and [*log(folder)[0]] == columns_of(recipe)
     config = json.loads((folder / "config.json").read_text())
     assert config["architecture"] == "resnet20_cifar_iebn" and config["label_names"] == [str(i) for i in range(10)]
     assert config["num_classes"] == 10 and "num_classes" not in config["model_args"]  # transformers would pass it twice
@@ -364,7 +365,7 @@ def test_the_learning_rate_falls_with_the_first_batch_of_its_epoch(tmp_path):
     rates = []
     for update in range(4 * trainer.workload.updates_per_epoch):
         trainer.workload.scheduler.step_update(update)
-        rates.append(round(trainer.lr, 9))
+        rates.append(round(trainer.workload.optimizer.param_groups[0]["lr"], 9))
     assert rates == [0.5] * 2 + [0.05] * 4 + [0.005] * 2
 
 

@@ -13,7 +13,6 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .card import make_card
-from .environment import environment
 from .files import sha256, sync_to_disk
 from .recipe import Recipe
 from .run_log import log_text, plot_curves
@@ -36,6 +35,7 @@ def save_model_folder(
     rows: list[dict[str, Any]],
     classes: list[str],
     data_config: dict[str, Any],
+    environments: list[str],
 ) -> None:
     """Writes `folder`, which must not exist, all at once: weights, config, card, recipe, log, curves and versions.
 
@@ -45,7 +45,7 @@ def save_model_folder(
     folder = Path(folder)
     work.mkdir(parents=True)
     try:
-        _write_files(model, work, recipe, rows, classes, data_config)
+        _write_files(model, work, recipe, rows, classes, data_config, environments)
         for path in (*work.iterdir(), work):
             sync_to_disk(path)
         work.rename(folder)
@@ -62,6 +62,7 @@ def _write_files(
     rows: list[dict[str, Any]],
     classes: list[str],
     data_config: dict[str, Any],
+    environments: list[str],
 ) -> None:
     save_weights(model, folder / WEIGHTS)
     # of the checkpoint that the network started from, if any; null values are left out
@@ -84,7 +85,7 @@ def _write_files(
     (folder / "log.csv").write_text(log_text(rows))
     name = model.pretrained_cfg["architecture"] + (", fine-tuned" if recipe.pretrained else "")
     plot_curves(rows, folder / "curves.png", name)
-    (folder / "environment.txt").write_text(environment(next(model.parameters()).device))
+    (folder / "environment.txt").write_text("\n".join(environments))
     (folder / "README.md").write_text(str(make_card(folder)), encoding="utf-8")
 
 

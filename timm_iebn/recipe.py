@@ -38,13 +38,6 @@ _KINDS = {
 _PREPROCESSING = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
 
 
-def _is_number(value: int | str) -> bool:
-    try:
-        return isinstance(float(value), float)
-    except ValueError:
-        return False
-
-
 class RecipeError(ValueError):
     """A recipe that can't be run; the message names the key, the value and what is possible."""
 
@@ -112,7 +105,7 @@ class Recipe:
         for f in fields(self):
             value = getattr(self, f.name)
             kind = get_origin(f.type) or f.type
-            if kind is float and type(value) in (int, str) and _is_number(value):  # YAML reads 1e-3 as text
+            if kind is float and type(value) is int:
                 object.__setattr__(self, f.name, float(value))
             elif f.name == "precision" and value is False:  # YAML reads no as false
                 object.__setattr__(self, f.name, "no")

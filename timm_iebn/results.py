@@ -1,5 +1,6 @@
 """What the zoo shows: each network beside its batch-norm twin, over seeds, as tables and as a plot."""
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -46,23 +47,39 @@ def norm_of(recipe: Recipe, architecture: str) -> Norm:
     return NEUTRAL_IEBN if norm is IEBN and recipe.model_args.get("neutral_gates") else norm
 
 
+def _places(spread: float, places: int) -> int:
+    """`places`, or up to two more that show two digits of `spread`: rounded to 0, an interval would hide a sign."""
+    needed = 1 - math.floor(math.log10(spread)) if 0 < spread < math.inf else 0
+    return min(max(places, needed), places + 2)
+
+
+def _deviation(values: Sequence[float]) -> float:
+    """The standard deviation; not a number where one of `values`, as of a run that came to nothing, is not finite."""
+    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
+
+
 def mean_and_spread(values: Sequence[float], places: int = 2) -> str:
-    """Mean, standard deviation and number of `values`, to so many decimal places."""
+    """Mean, standard deviation and number of `values`, to so many decimal places or a few more."""
     if len(values) < 2:
         return f"{values[0]:.{places}f} (one seed)" if values else "-"
-    return f"{statistics.mean(values):.{places}f} ± {statistics.stdev(values):.{places}f} ({len(values)} seeds)"
+    mean, spread = statistics.fmean(values), _deviation(values)
+    places = _places(spread, places)
+    return f"{mean:.{places}f} ± {spread:.{places}f} ({len(values)} seeds)"
 
 
 def paired_difference(ours: dict[int, float], baseline: dict[int, float], places: int = 2) -> str:
-    """The mean difference of runs of one seed, and its 95 % confidence interval by Student's t."""
+    """The mean difference of runs of one seed, and its 95 % confidence interval by Student's t, where they differ."""
     seeds = sorted(ours.keys() & baseline.keys())
-    differences = [ours[s] - baseline[s] for s in seeds]
+    differences = [round(ours[s] - baseline[s], 12) for s in seeds]  # equal ones may differ by less
     if not seeds:
         return "-"
-    mean = statistics.mean(differences)
+    mean = statistics.fmean(differences)
     if len(seeds) < 2:
         return f"{mean:+.{places}f}"
-    half = stdtrit(len(seeds) - 1, 0.975) * statistics.stdev(differences) / len(seeds) ** 0.5
+    half = stdtrit(len(seeds) - 1, 0.975) * _deviation(differences) / len(seeds) ** 0.5
+    if half == 0:  # of figures that come in steps, as accuracies do: no interval says how sure that is
+        return f"{mean:+.{places}f} (each)"
+    places = _places(half, places)
     return f"{mean:+.{places}f} [{mean - half:+.{places}f}, {mean + half:+.{places}f}]"
 
 

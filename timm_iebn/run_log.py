@@ -9,6 +9,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from .messages import shorten
+from .recipe import Recipe
+
+
+def columns_of(recipe: Recipe) -> list[str]:
+    """The columns of the log of a run by `recipe`."""
+    columns = ["epoch", "updates", "lr", "train_loss", "train_top1", "test_loss", "test_top1", "test_top5"]
+    columns += ["test_top1_with_noise"] * recipe.has_noise
+    columns += ["feature_noise", "gradient_noise"] * (recipe.batch_noise_images > 0)
+    return [*columns, "images_per_second", "seconds"]
 
 
 def log_text(rows: list[dict[str, Any]]) -> str:

@@ -1,5 +1,6 @@
 """YAML as recipes and studies use it: plain values, each written out once; everything else is one kind of error."""
 
+import re
 from collections import Counter
 from collections.abc import Hashable
 from typing import Any
@@ -31,6 +32,9 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+# PyYAML reads 1e-8, which JSON and YAML 1.2 know as a number, as text
+_FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, [*"-+.0123456789"])
 
 
 def parse_yaml(text: str) -> Any:

@@ -19,9 +19,9 @@ from typing import Any
 import yaml
 from filelock import FileLock
 
-from .messages import shorten
-from .recipe import RecipeError, load_recipe, parse_overrides
-from .run_log import read_log
+from .messages import describe, shorten
+from .recipe import Recipe, RecipeError, load_recipe, parse_overrides
+from .run_log import columns_of, read_log
 from .safe_yaml import parse_yaml
 
 Log = list[dict[str, float]]  # its epochs
@@ -116,8 +116,8 @@ def load_study(folder: Path, again: Path | None = None, changes: Sequence[str] =
     key=value.
 
     Raises:
-        RecipeError: its study.yaml is not one, some run to be made has no possible recipe, or one that is made again
-            was made by another recipe.
+        RecipeError: its study.yaml is not one, some run to be made has no possible recipe or logs no such columns, or
+            one that is made was made by another recipe, or is not whole.
         ValueError: the log of a run is damaged, and the message names it; or each run sets what `changes` do.
     """
     if changes and not again:
@@ -135,12 +135,35 @@ def load_study(folder: Path, again: Path | None = None, changes: Sequence[str] =
         if not study.is_again:
             raise RecipeError(f"{study.folder} is the folder of a study: have it made again elsewhere than in {again}")
     for run in study.runs:
-        kept = study.folder / "runs" / run.name
-        if study.log(run) is None:  # what was made needs no option that is gone since
-            load_recipe(study.recipe_path, run.overrides)
-        elif again and load_recipe(kept / "recipe.yaml") != load_recipe(study.recipe_path, run.overrides):
-            raise RecipeError(f"{kept} was made by another recipe: have the study made again elsewhere than in {again}")
+        if log := study.log(run):
+            _check_kept(study, run, log)
+            continue
+        columns = columns_of(load_recipe(study.recipe_path, run.overrides))
+        if missing := study.columns.keys() - columns - {"test_top1_with_noise"}:
+            raise RecipeError(
+                f"{folder / 'study.yaml'}: columns: {run.name} will log no {', '.join(sorted(missing))}, but "
+                f"{', '.join(columns)}"
+            )
     return study
+
+
+def _check_kept(study: Study, run: Run, log: Log) -> None:
+    """Raises RecipeError where a run that is made is not by the recipe that the study says now, or is not whole."""
+    kept = study.folder / "runs" / run.name
+    try:
+        said = parse_yaml((kept / "recipe.yaml").read_text(encoding="utf-8"))
+        if said.keys() <= {f.name for f in fields(Recipe)}:
+            is_same = load_recipe(kept / "recipe.yaml") == load_recipe(study.recipe_path, run.overrides)
+        else:  # made with an option that is gone since
+            is_same = parse_overrides(run.overrides).items() <= said.items()
+        is_whole = len(log) == said["epochs"]
+    except (OSError, AttributeError, KeyError, TypeError, yaml.YAMLError) as e:
+        raise RecipeError(f"{kept / 'recipe.yaml'} is not the recipe of a run: {describe(e)}") from e
+    elsewhere = "have the study made again elsewhere" if study.is_again else "move it away, or take the change back"
+    if not is_same:
+        raise RecipeError(f"{kept} was made by another recipe than the study says: {elsewhere}")
+    if not is_whole:
+        raise RecipeError(f"{kept / 'log.csv'} has {len(log)} of {said['epochs']} epochs: move its run away")
 
 
 def _is_mapping(value: Any, kind: type) -> bool:

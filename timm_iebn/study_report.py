@@ -42,7 +42,8 @@ class Results:
 
     def places(self, column: str) -> int:
         """As many decimal places as show three digits of the column's largest result, at least two."""
-        largest = max(map(abs, chain(*(self.last(*place, column).values() for place in self.logs))), default=0.0)
+        values = chain(*(self.last(*place, column).values() for place in self.logs))
+        largest = max((abs(value) for value in values if math.isfinite(value)), default=0.0)
         return max(2, 2 - math.floor(math.log10(largest))) if largest else 2
 
 

@@ -66,7 +66,7 @@ def write_folder(folder: Path, seed: int = 0) -> State:
     ]
     data_config = dict(input_size=(1, 32, 32), interpolation="bicubic", mean=(0.5,), std=(0.25,), crop_pct=1.0)
     work = folder.parent / "work" / folder.name
-    save_model_folder(model, folder, work, RECIPE, rows, [str(i) for i in range(10)], data_config)
+    save_model_folder(model, folder, work, RECIPE, rows, [str(i) for i in range(10)], data_config, ["# here\n"])
     work.parent.rmdir()
     return model.state_dict()
 

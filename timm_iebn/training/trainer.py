@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..environment import environment
 from ..files import WriteError, write_atomically
 from ..messages import describe, shorten
 from ..model_folder import save_model_folder
@@ -71,6 +72,7 @@ class Trainer:
         self.workload = Workload(recipe, self.accelerator, data_dir, mix_data_dir, workers)
         self.epoch, self.step = 0, 0  # the next batch
         self.rows: list[dict[str, Any]] = []
+        self.environments = [environment(self.accelerator.device)]  # that a stopped run went on in, too
         self.sums = self._zeros()
         self.rates: dict[int, float] = {}  # of the epoch's batches
         self.last_checkpoint: Path | None = None
@@ -106,10 +108,6 @@ class Trainer:
         """Updates made so far."""
         return self.epoch * self.workload.updates_per_epoch + self.step // self.recipe.grad_accumulation
 
-    @property
-    def lr(self) -> float:
-        return self.workload.optimizer.param_groups[0]["lr"]
-
     # ---- checkpoints
 
     def _save(self) -> None:
@@ -123,8 +121,8 @@ class Trainer:
         if not self.accelerator.is_main_process:
             self.last_checkpoint = checkpoint_path(self.folder, self.updates)
             return
-        place = dict(epoch=self.epoch, step=self.step, data=self.workload.data, rows=self.rows, sums=sums)
-        state = place | self.workload.state_dict()
+        place = dict(epoch=self.epoch, step=self.step, rows=self.rows, sums=sums)
+        state = place | dict(data=self.workload.data, environments=self.environments) | self.workload.state_dict()
         self.last_checkpoint = save_checkpoint(self.folder, self.updates, state)
 
     def _resume(self) -> None:
@@ -144,6 +142,7 @@ class Trainer:
             if seen != self.workload.data[option]:
                 raise RecipeError(f"{self.last_checkpoint} was trained on other images than these, see {option}")
         self.epoch, self.step, self.rows = state["epoch"], state["step"], state["rows"]
+        self.environments = [*dict.fromkeys(state["environments"] + self.environments)]
         if self.accelerator.is_main_process:
             self.sums[:3] = state["sums"].to(self.sums)
         self.workload.load_state_dict(state)
@@ -208,7 +207,7 @@ class Trainer:
                 self.sums[:3] += torch.stack([loss * len(labels), correct, torch.ones_like(labels).sum()])
                 bad = torch.where(loss.isfinite(), math.inf, float(self.step))
                 self.sums[3] = torch.minimum(self.sums[3], bad)
-            lr = self.rates[self.step] = self.lr
+            lr = self.rates[self.step] = self.workload.optimizer.param_groups[0]["lr"]
             self.step += 1
             if accelerator.sync_gradients:
                 self.workload.scheduler.step_update(self.updates)
@@ -301,7 +300,7 @@ class Trainer:
     def _finish(self) -> None:
         work = self.folder / "result" / self.output.name  # which the card in it takes for its name
         try:
-            made = self.recipe, self.rows, self.workload.classes, self.workload.data_config
+            made = self.recipe, self.rows, self.workload.classes, self.workload.data_config, self.environments
             save_model_folder(self.workload.result, self.output, work, *made)
         except (OSError, SafetensorError, ValueError) as e:
             raise CheckpointError(
