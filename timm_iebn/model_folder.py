@@ -37,7 +37,8 @@ def save_model_folder(
     data_config: dict[str, Any],
     environments: list[str],
 ) -> None:
-    """Writes `folder`, which must not exist, all at once: weights, config, card, recipe, log, curves and versions.
+    """Writes `folder`, which must not exist, all at once: weights, config, card, recipe, log, curves, and
+    what `environment` said wherever the run was.
 
     They are written to `work`, a new folder of the same name on the same disk, and are on the disk before `folder` is
     there.
