@@ -2,7 +2,6 @@
 
 import csv
 import re
-from itertools import chain
 from pathlib import Path
 
 import timm
@@ -85,15 +84,12 @@ def make_card(folder: Path, comparison: Comparison | None = None) -> ModelCard:
     )
     twin = model.removesuffix("_se")
     about = _ABOUT[own].format(model=twin) if own.suffix == "_iebn" or timm.is_model(f"{twin}_iebn") else ""
-    notes = [*training.get("notes", ())]
+    notes = []
     if recipe.mix_data or recipe.has_noise:
         notes.append("Trained under a noise attack, as `recipe.yaml` says: it is for study, not for use.")
     if recipe.freeze_gates:
         about += " Here the gates were not trained."
         notes.append("The gates are those it started with: it is for study, not for use.")
-    for path, other in chain(*(runs.values() for runs in comparison.sides.values())):
-        if path.resolve() != folder.resolve():
-            notes += [f"Of {path.name} in the table: {note}" for note in other["training"].get("notes", ())]
     sides = [
         dict(
             norm=f"**{norm.name}**" if norm is own else norm.name,
