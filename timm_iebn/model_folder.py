@@ -37,8 +37,7 @@ def save_model_folder(
     data_config: dict[str, Any],
     environments: list[str],
 ) -> None:
-    """Writes `folder`, which must not exist, all at once: weights, config, card, recipe, log, curves, and
-    what `environment` said wherever the run was.
+    """Writes `folder`, which must not exist, all at once: weights, config, card, recipe, log, curves, `environments`.
 
     They are written to `work`, a new folder of the same name on the same disk, and are on the disk before `folder` is
     there.
