@@ -215,8 +215,8 @@ def test_no_run_stays_in_the_table_of_a_study_that_says_otherwise(tmp_path):
     log.write_text("epoch,test_top1\n1,50\n")
     with pytest.raises(RecipeError, match="log.csv has 1 of 2 epochs: move its run away"):
         load_study(folder)
-    for damaged in ("5", "model: a", "[", None):
-        recipe.unlink() if damaged is None else recipe.write_text(damaged)
+    for damaged in (b"5", b"model: a", b"[", b"\xff", None):
+        recipe.unlink() if damaged is None else recipe.write_bytes(damaged)
         with pytest.raises(RecipeError, match="recipe.yaml"):
             load_study(folder)
 

@@ -157,7 +157,7 @@ def _check_kept(study: Study, run: Run, log: Log) -> None:
         else:  # made with an option that is gone since
             is_same = parse_overrides(run.overrides).items() <= said.items()
         is_whole = len(log) == said["epochs"]
-    except (OSError, AttributeError, KeyError, TypeError, yaml.YAMLError) as e:
+    except (OSError, UnicodeDecodeError, AttributeError, KeyError, TypeError, yaml.YAMLError) as e:
         raise RecipeError(f"{kept / 'recipe.yaml'} is not the recipe of a run: {describe(e)}") from e
     elsewhere = "have the study made again elsewhere" if study.is_again else "move it away, or take the change back"
     if not is_same:

@@ -176,7 +176,7 @@ rows:
   noise: {{noise_scale: 0.5, noise_offset: 0.5}}
 columns: {{test_top1: 'top-1, %'}}
 """
-STUDY_FILES = ("study.yaml", "recipe.yaml", "runs/plain.IEBN.seed0/log.csv")
+STUDY_FILES = ("study.yaml", "recipe.yaml", *(f"runs/plain.IEBN.seed0/{name}" for name in ("recipe.yaml", "log.csv")))
 
 
 def make_study(folder: Path) -> None:
@@ -184,6 +184,7 @@ def make_study(folder: Path) -> None:
     (folder / "recipe.yaml").write_text(RECIPE.to_yaml())
     run = folder / "runs" / "plain.IEBN.seed0"
     run.mkdir(parents=True)
+    (run / "recipe.yaml").write_text(RECIPE.to_yaml())
     (run / "log.csv").write_text(log_text([dict(epoch=1, test_top1=43.5), dict(epoch=2, test_top1=53.5)]))
 
 
