@@ -35,6 +35,10 @@ def say(line: str, file: TextIO = sys.stdout) -> None:
     file.flush()
 
 
+def count_made(study: Study) -> str:
+    return f"{sum(study.log(run) is not None for run in study.runs)} of {len(study.runs)}"
+
+
 class Queue:
     """Makes runs, each in a process of its own, until a signal stops it and them."""
 
@@ -84,7 +88,8 @@ class Queue:
             self.processes.discard(process)
         if process.returncode and not self.signum:
             self.failed = True
-            say(f"{run.name} stopped: see {folder}.txt", sys.stderr)
+            *_, last = ["", *Path(f"{folder}.txt").read_text(errors="replace").split("\n")[:-1]]
+            say(f"{run.name} stopped: {last}; see {folder}.txt", sys.stderr)
         return None if process.returncode else folder
 
     def report(self, study: Study) -> None:
@@ -129,6 +134,7 @@ def main() -> int:
         list(pool.map(queue.make, range(len(queue.todo))))
     for study in studies:
         queue.report(study)
+        queue.attempt(lambda study=study: say(f"{count_made(study)} runs are made: see {study.folder / 'README.md'}"))
     if queue.signum:
         print("study.py: stopped; the same command goes on", file=sys.stderr)
     return 128 + queue.signum if queue.signum else int(queue.failed)

@@ -151,7 +151,8 @@ def test_a_log_without_the_columns_is_named(tmp_path):
         (dict(networks=5), "study.yaml is no study.*networks should be a mapping .*, is 5"),
         (dict(networks={}), "networks should be"),
         (dict(rows={"a": 1}), "rows should be"),
-        (dict(seeds=["0"]), "seeds should be a list of whole numbers"),
+        (dict(seeds=["0"]), "seeds should be a list of one or more whole numbers"),
+        (dict(seeds=[]), "seeds should be a list of one or more whole numbers"),
         (dict(columns=["test_top1"]), "columns should be"),
         (dict(title=None), "title should be text"),
         (dict(control="plane"), "control should be one of the rows, is 'plane'"),
@@ -205,10 +206,19 @@ def test_no_run_stays_in_the_table_of_a_study_that_says_otherwise(tmp_path):
     add_log(study, run, 50)
     add_log(study, other, 51)
     assert load_study(folder) == study
-    for changes in (dict(rows=dict(plain=dict(lr=0.5))), dict(networks={"batch norm": dict(model="resnet56_cifar")})):
+    for changes, message in (
+        (
+            dict(rows=dict(plain=dict(lr=0.5))),
+            r"plain.batch_norm.seed0, plain.IEBN.seed0 \(lr: 0.01 became 0.5\)",
+        ),
+        (
+            dict(networks={"batch norm": dict(model="resnet56_cifar")}),
+            r"plain.batch_norm.seed0 \(model: 'resnet20_cifar' became 'resnet56_cifar'\)",
+        ),
+    ):
         changed = STUDY | dict(seeds=[0], rows=dict(plain={})) | changes
         (folder / "study.yaml").write_text(yaml.safe_dump(changed, sort_keys=False))
-        with pytest.raises(RecipeError, match="plain.batch_norm.seed0 was made by another recipe than the study says"):
+        with pytest.raises(RecipeError, match=rf"runs by another recipe than the study's: {message}; move them away"):
             load_study(folder)
     (folder / "study.yaml").write_text(yaml.safe_dump(STUDY | dict(seeds=[0], rows=dict(plain={})), sort_keys=False))
     log, recipe = (folder / "runs" / run.name / name for name in ("log.csv", "recipe.yaml"))
@@ -238,7 +248,7 @@ def test_the_runs_that_are_missing_are_made_and_no_others(tmp_path):
         return run_script(folder, "--output", tmp_path / "output", "--jobs", "2", cwd=tmp_path, script="study.py")
 
     result = make()
-    assert result.returncode == 1 and "plain.none.seed3 stopped: see" in result.stderr
+    assert result.returncode == 1 and "plain.none.seed3 stopped: train.py: model: unknown model" in result.stderr
     assert sorted(p.name for p in (folder / "runs").iterdir()) == ["plain.IEBN.seed3", "plain.batch_norm.seed3"]
     kept = folder / "runs" / "plain.IEBN.seed3"
     assert {p.name for p in kept.iterdir()} == {"recipe.yaml", "log.csv", "environment.txt"}
@@ -246,7 +256,8 @@ def test_the_runs_that_are_missing_are_made_and_no_others(tmp_path):
     before = (folder / "README.md").read_text()
     assert before.count("(one seed)") == 2 and (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     again = make()
-    assert again.stdout == "1/1 trial: plain.none.seed3\n" and (folder / "README.md").read_text() == before
+    end = f"2 of 3 runs are made: see {folder / 'README.md'}\n"
+    assert again.stdout == f"1/1 trial: plain.none.seed3\n{end}" and (folder / "README.md").read_text() == before
 
 
 def test_again_makes_all_runs_anew_elsewhere(tmp_path):
@@ -259,7 +270,9 @@ def test_again_makes_all_runs_anew_elsewhere(tmp_path):
     again = ["--again", tmp_path / "again", "--change", "lr=0.02"]
     result = run_script(folder, *again, cwd=tmp_path, script="study.py")
     assert result.returncode == 0, result.stderr
-    assert result.stdout == "1/2 trial: plain.batch_norm.seed3\n2/2 trial: plain.IEBN.seed3\n"
+    *lines, end = result.stdout.splitlines()
+    assert lines == ["1/2 trial: plain.batch_norm.seed3", "2/2 trial: plain.IEBN.seed3"]
+    assert end == f"2 of 2 runs are made: see {tmp_path / 'again' / 'trial' / 'README.md'}"
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     made = load_study(folder, tmp_path / "again", ["lr=0.02"])
     assert all(made.log(run)[-1]["test_loss"] > 0 for run in made.runs)
@@ -287,7 +300,7 @@ def test_a_study_is_made_by_one_recipe(tmp_path):
     assert recipe.precision == "bf16"
     write_run(study.folder / "runs" / study.runs[0].name, recipe)
     assert load_study(folder, again, ["precision=bf16"]).log(study.runs[0])
-    with pytest.raises(RecipeError, match="batch_norm.seed0 was made by another recipe"):
+    with pytest.raises(RecipeError, match=r"batch_norm.seed0 \(precision: 'bf16' became 'no'\); have the study"):
         load_study(folder, again)
 
 
@@ -297,7 +310,8 @@ def test_a_run_that_another_study_or_the_zoo_has_made_is_taken_from_there(place,
     folder = write_study(tmp_path / "studies", seeds=[0], rows=dict(plain={}), networks=dict(a=dict(epochs=2)))
     write_run(tmp_path / place, load_recipe(tmp_path / "studies" / "recipe.yaml"))
     result = run_script(folder, "--output", tmp_path / "output", cwd=tmp_path, script="study.py")
-    assert result.stdout == f"1/1 trial: plain.a.seed0 is {tmp_path / place}\n" and result.returncode == 0
+    end = f"1 of 1 runs are made: see {folder / 'README.md'}\n"
+    assert result.stdout == f"1/1 trial: plain.a.seed0 is {tmp_path / place}\n{end}" and result.returncode == 0
     assert not (tmp_path / "output").exists() and "| plain | a | 50.00 (one seed)" in (folder / "README.md").read_text()
     assert (folder / "runs" / "plain.a.seed0" / "environment.txt").read_text() == "here"
 
@@ -312,7 +326,8 @@ def test_what_studies_share_is_made_once_and_none_that_can_not_be_kept_stops_the
     in_the_way.write_text("mine")
     result = run_script(other, folder, "--jobs", "2", cwd=tmp_path, script="study.py")
     lines = [f"{i}/2 other: plain.{n}.seed0, trial: plain.{n}.seed0" for i, n in ((1, "batch_norm"), (2, "IEBN"))]
-    assert sorted(result.stdout.splitlines()) == lines and result.returncode == 1
+    lines += [f"{n} of 2 runs are made: see {path / 'README.md'}" for n, path in ((1, other), (2, folder))]
+    assert sorted(result.stdout.splitlines()) == sorted(lines) and result.returncode == 1
     assert f"Directory not empty: '{in_the_way.parent}" in result.stderr and "Traceback" not in result.stderr
     assert "2 of 2 runs are made" in (folder / "README.md").read_text() and in_the_way.read_text() == "mine"
     assert "1 of 2 runs are made" in (other / "README.md").read_text()

@@ -190,6 +190,7 @@ def test_a_folder_that_is_not_a_runs_is_left_alone(tmp_path):
         "opt=adahessian",
         "model_args={drop_rat: 1}",
         "opt_args={betta: 1}",
+        "opt_args={eps: 1e-8}",
         "data_config={mean: [0.5, 0.5, 0.5]}",
         "data_config={input_size: [1, 8, 8]}",
         "crop_padding=99",

@@ -116,7 +116,6 @@ def make_card(folder: Path, comparison: Comparison | None = None) -> ModelCard:
         seed=recipe.seed,
         spread=max(map(len, comparison.sides.values())) > 1,
         runs=len(comparison.sides[own]),
-        name=folder.resolve().name,
         source=f"hf-hub:{hub_id(folder, NAMESPACE)}",
         mode="L" if size[0] == 1 else "RGB",
         input_size=", ".join(map(str, size)),

@@ -176,6 +176,11 @@ class Recipe:
         """Whether the network is one to learn from, not to use: attacked, or a control."""
         return self.has_noise or bool(self.mix_data) or self.freeze_gates
 
+    def changes_to(self, other: "Recipe") -> str:
+        """In which keys `other` differs, and how; empty where in none."""
+        before, now = asdict(self), asdict(other)
+        return "; ".join(f"{key}: {before[key]!r} became {now[key]!r}" for key in now if before[key] != now[key])
+
     def _check_data_config(self) -> None:
         for key, value in self.data_config.items():
             if key not in _PREPROCESSING:

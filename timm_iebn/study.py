@@ -134,9 +134,11 @@ def load_study(folder: Path, again: Path | None = None, changes: Sequence[str] =
         study = replace(study, folder=there, changes=[*changes], recipe=str(study.recipe_path.resolve()))
         if not study.is_again:
             raise RecipeError(f"{study.folder} is the folder of a study: have it made again elsewhere than in {again}")
+    others: dict[str, list[str]] = {}  # runs by what their recipes changed
     for run in study.runs:
         if log := study.log(run):
-            _check_kept(study, run, log)
+            if changed := _changes(study, run, log):
+                others.setdefault(changed, []).append(run.name)
             continue
         columns = columns_of(load_recipe(study.recipe_path, run.overrides))
         if missing := study.columns.keys() - columns - {"test_top1_with_noise"}:
@@ -144,26 +146,33 @@ def load_study(folder: Path, again: Path | None = None, changes: Sequence[str] =
                 f"{folder / 'study.yaml'}: columns: {run.name} will log no {', '.join(sorted(missing))}, but "
                 f"{', '.join(columns)}"
             )
+    if others:
+        remedy = "have the study made again elsewhere" if study.is_again else "move them away or take the change back"
+        runs = "; ".join(f"{', '.join(names)} ({changed})" for changed, names in others.items())
+        raise RecipeError(f"{study.folder / 'runs'} has runs by another recipe than the study's: {runs}; {remedy}")
     return study
 
 
-def _check_kept(study: Study, run: Run, log: Log) -> None:
-    """Raises RecipeError where a run that is made is not by the recipe that the study says now, or is not whole."""
+def _changes(study: Study, run: Run, log: Log) -> str:
+    """How the recipe of `run` has changed since it was made, if it has.
+
+    Raises:
+        RecipeError: it is not whole, or what is left of it is damaged.
+    """
     kept = study.folder / "runs" / run.name
     try:
         said = parse_yaml((kept / "recipe.yaml").read_text(encoding="utf-8"))
         if said.keys() <= {f.name for f in fields(Recipe)}:
-            is_same = load_recipe(kept / "recipe.yaml") == load_recipe(study.recipe_path, run.overrides)
+            changes = load_recipe(kept / "recipe.yaml").changes_to(load_recipe(study.recipe_path, run.overrides))
         else:  # made with an option that is gone since
-            is_same = parse_overrides(run.overrides).items() <= said.items()
+            now = parse_overrides(run.overrides)
+            changes = "; ".join(f"{k}: {said.get(k)!r} became {v!r}" for k, v in now.items() if said.get(k) != v)
         is_whole = len(log) == said["epochs"]
     except (OSError, UnicodeDecodeError, AttributeError, KeyError, TypeError, yaml.YAMLError) as e:
         raise RecipeError(f"{kept / 'recipe.yaml'} is not the recipe of a run: {describe(e)}") from e
-    elsewhere = "have the study made again elsewhere" if study.is_again else "move it away, or take the change back"
-    if not is_same:
-        raise RecipeError(f"{kept} was made by another recipe than the study says: {elsewhere}")
     if not is_whole:
         raise RecipeError(f"{kept / 'log.csv'} has {len(log)} of {said['epochs']} epochs: move its run away")
+    return changes
 
 
 def _is_mapping(value: Any, kind: type) -> bool:
@@ -179,7 +188,10 @@ def _check(study: Study) -> None:
         "text": ("text", lambda v: isinstance(v, str)),
         "recipe": ("text", lambda v: isinstance(v, str)),
         "networks": (changes, lambda v: _is_mapping(v, dict)),
-        "seeds": ("a list of whole numbers", lambda v: isinstance(v, list) and v and all(type(s) is int for s in v)),
+        "seeds": (
+            "a list of one or more whole numbers",
+            lambda v: isinstance(v, list) and v and all(type(s) is int for s in v),
+        ),
         "rows": (changes, lambda v: _is_mapping(v, dict)),
         "columns": ("a mapping of columns to what they are called", lambda v: _is_mapping(v, str)),
         "control": ("one of the rows", lambda v: not v or v in study.rows),

@@ -7,7 +7,7 @@ from pathlib import Path
 import timm
 import torch
 from timm.data import Mixup
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, get_optimizer_info
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
@@ -86,6 +86,10 @@ def create_optimizer(recipe: Recipe, net: nn.Module) -> torch.optim.Optimizer:
     args = dict(opt=recipe.opt, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
     args |= dict(filter_bias_and_bn=not recipe.decay_norms) | recipe.opt_args
     try:
+        about = get_optimizer_info(recipe.opt.lower().split("_")[-1])  # of lookahead_NAME too
+        taken = dict(eps=about.has_eps, betas=about.has_betas)
+        if dropped := [key for key in recipe.opt_args if not taken.get(key, True)]:
+            raise ValueError(f"it takes no {', '.join(dropped)}, and timm would drop it")
         # many find out in their first step only that they can't work here
         trial = nn.Linear(8, 8, device=next(net.parameters()).device)
         trial_optimizer = create_optimizer_v2(trial, **args)

@@ -2,7 +2,6 @@
 
 import shutil
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -64,10 +63,10 @@ def clean_up(folder: Path) -> None:
 
 
 def _check_same_recipe(recipe: Recipe, folder: Path) -> None:
-    before, now = asdict(load_recipe(folder / "recipe.yaml")), asdict(recipe)
-    if changed := [f"{k}: {before[k]!r} became {now[k]!r}" for k in now if before[k] != now[k]]:
-        changes = "; ".join(changed)
-        raise RecipeError(f"resume: {folder} was started with another recipe ({changes}): choose another --output")
+    if changes := load_recipe(folder / "recipe.yaml").changes_to(recipe):
+        raise RecipeError(
+            f"resume: {folder} was started with another recipe ({changes}): choose another --output or move it away"
+        )
 
 
 def folder_lock(output: Path) -> FileLock:
