@@ -22,7 +22,7 @@ from typing import TextIO, TypeVar
 
 from timm_iebn.recipe import load_recipe
 from timm_iebn.study import Run, Study, keep, load_study, same_run
-from timm_iebn.study_report import write_report
+from timm_iebn.study_report import Results, write_report
 from timm_iebn.training.data import add_data_dir
 
 ROOT = Path(__file__).parents[1]
@@ -33,10 +33,6 @@ def say(line: str, file: TextIO = sys.stdout) -> None:
     """In one piece, as threads write beside each other: `print` would write the end of the line by itself."""
     file.write(f"{line}\n")
     file.flush()
-
-
-def count_made(study: Study) -> str:
-    return f"{sum(study.log(run) is not None for run in study.runs)} of {len(study.runs)}"
 
 
 class Queue:
@@ -88,13 +84,13 @@ class Queue:
             self.processes.discard(process)
         if process.returncode and not self.signum:
             self.failed = True
-            *_, last = ["", *Path(f"{folder}.txt").read_text(errors="replace").split("\n")[:-1]]
-            say(f"{run.name} stopped: {last}; see {folder}.txt", sys.stderr)
+            said = Path(f"{folder}.txt").read_text(errors="replace").splitlines() or [""]
+            say(f"{run.name} stopped: {said[-1]}; see {folder}.txt", sys.stderr)
         return None if process.returncode else folder
 
-    def report(self, study: Study) -> None:
+    def report(self, study: Study) -> Results | None:
         """Writes what the study's logs say."""
-        self.attempt(lambda: write_report(study))
+        return self.attempt(lambda: write_report(study))
 
     def attempt(self, work: Callable[[], Result]) -> Result | None:
         """`work()`; that it can't be done is no reason to stop the other runs."""
@@ -133,8 +129,8 @@ def main() -> int:
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(queue.make, range(len(queue.todo))))
     for study in studies:
-        queue.report(study)
-        queue.attempt(lambda study=study: say(f"{count_made(study)} runs are made: see {study.folder / 'README.md'}"))
+        if results := queue.report(study):
+            say(f"{results.made} of {len(study.runs)} runs are made: see {study.folder / 'README.md'}")
     if queue.signum:
         print("study.py: stopped; the same command goes on", file=sys.stderr)
     return 128 + queue.signum if queue.signum else int(queue.failed)

@@ -176,11 +176,6 @@ class Recipe:
         """Whether the network is one to learn from, not to use: attacked, or a control."""
         return self.has_noise or bool(self.mix_data) or self.freeze_gates
 
-    def changes_to(self, other: "Recipe") -> str:
-        """In which keys `other` differs, and how; empty where in none."""
-        before, now = asdict(self), asdict(other)
-        return "; ".join(f"{key}: {before[key]!r} became {now[key]!r}" for key in now if before[key] != now[key])
-
     def _check_data_config(self) -> None:
         for key, value in self.data_config.items():
             if key not in _PREPROCESSING:
@@ -199,6 +194,11 @@ class Recipe:
         """The recipe as YAML that `load_recipe` reads back."""
         plain = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
         return yaml.safe_dump(plain, sort_keys=False)
+
+
+def changes_between(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Which values of `now` are others in `before`, and what they were; empty where none is."""
+    return "; ".join(f"{k}: {before.get(k)!r} became {v!r}" for k, v in now.items() if before.get(k) != v)
 
 
 def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:

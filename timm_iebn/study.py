@@ -11,7 +11,7 @@ import shutil
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import permutations, product
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import yaml
 from filelock import FileLock
 
 from .messages import describe, shorten
-from .recipe import Recipe, RecipeError, load_recipe, parse_overrides
+from .recipe import Recipe, RecipeError, changes_between, load_recipe, parse_overrides
 from .run_log import columns_of, read_log
 from .safe_yaml import parse_yaml
 
@@ -162,17 +162,16 @@ def _changes(study: Study, run: Run, log: Log) -> str:
     kept = study.folder / "runs" / run.name
     try:
         said = parse_yaml((kept / "recipe.yaml").read_text(encoding="utf-8"))
-        if said.keys() <= {f.name for f in fields(Recipe)}:
-            changes = load_recipe(kept / "recipe.yaml").changes_to(load_recipe(study.recipe_path, run.overrides))
-        else:  # made with an option that is gone since
-            now = parse_overrides(run.overrides)
-            changes = "; ".join(f"{k}: {said.get(k)!r} became {v!r}" for k, v in now.items() if said.get(k) != v)
-        is_whole = len(log) == said["epochs"]
-    except (OSError, UnicodeDecodeError, AttributeError, KeyError, TypeError, yaml.YAMLError) as e:
+        is_current = said.keys() <= {f.name for f in fields(Recipe)}
+        before = asdict(Recipe(**said)) if is_current else said
+        epochs = before["epochs"]
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, yaml.YAMLError) as e:
         raise RecipeError(f"{kept / 'recipe.yaml'} is not the recipe of a run: {describe(e)}") from e
-    if not is_whole:
-        raise RecipeError(f"{kept / 'log.csv'} has {len(log)} of {said['epochs']} epochs: move its run away")
-    return changes
+    if len(log) != epochs:
+        raise RecipeError(f"{kept / 'log.csv'} has {len(log)} of {epochs} epochs: move its run away")
+    if is_current:
+        return changes_between(before, asdict(load_recipe(study.recipe_path, run.overrides)))
+    return changes_between(before, parse_overrides(run.overrides))  # made with an option that is gone since
 
 
 def _is_mapping(value: Any, kind: type) -> bool:

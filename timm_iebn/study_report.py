@@ -22,6 +22,11 @@ class Results:
     study: Study
     logs: dict[tuple[str, str], dict[int, Log]]
 
+    @property
+    def made(self) -> int:
+        """How many of the study's runs are made."""
+        return sum(map(len, self.logs.values()))
+
     def last(self, row: str, network: str, column: str) -> dict[int, float]:
         """The last epoch's `column`, by seed."""
         return {seed: log[-1][column] for seed, log in self.logs[row, network].items()}
@@ -60,12 +65,13 @@ def read_results(study: Study) -> Results:
     return Results(study, logs)
 
 
-def write_report(study: Study) -> None:
-    """README.md and curves.png of a study."""
+def write_report(study: Study) -> Results:
+    """Writes README.md and curves.png of a study; returns what they say."""
     with take_turns(study):
         results = read_results(study)
         write_atomically(study.folder / "README.md", report(results).encode())
         plot_study(results, study.folder / "curves.png")
+    return results
 
 
 def report(results: Results) -> str:
@@ -99,9 +105,9 @@ def report(results: Results) -> str:
         tables += f"\n\nWhat has changed from {study.control}, with the same norm:\n\n{changes}"
     if study.pairs:
         tables += f"\n\nNetworks compared with others than {baseline}:\n\n{_pairs_table(results)}"
-    made = sum(map(len, results.logs.values()))
     changed = f"\nHere the recipe is changed: {', '.join(study.changes)}.\n" if study.changes else ""
-    rest = f" The rest:\n\n    {study.command}" if made < len(study.runs) else ""
+    made, asked = results.made, len(study.runs)
+    rest = f" The rest:\n\n    {study.command}" if made < asked else ""
     return f"""\
 <!-- written by scripts/study.py -->
 # {study.title}
@@ -109,7 +115,7 @@ def report(results: Results) -> str:
 {study.text.strip()}
 {changed}
 Figures are those of the last epoch: mean and standard deviation over seeds; differences are those of runs of one seed,
-with their 95 % confidence interval. {made} of {len(study.runs)} runs are made; each one's recipe, log and versions
+with their 95 % confidence interval. {made} of {asked} runs are made; each one's recipe, log and versions
 are in `runs/`.{rest}
 
 {tables}

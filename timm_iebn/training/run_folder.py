@@ -2,12 +2,13 @@
 
 import shutil
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from ..files import write_atomically
-from ..recipe import Recipe, RecipeError, load_recipe
+from ..recipe import Recipe, RecipeError, changes_between, load_recipe
 from ..run_log import read_log
 
 
@@ -63,7 +64,7 @@ def clean_up(folder: Path) -> None:
 
 
 def _check_same_recipe(recipe: Recipe, folder: Path) -> None:
-    if changes := load_recipe(folder / "recipe.yaml").changes_to(recipe):
+    if changes := changes_between(asdict(load_recipe(folder / "recipe.yaml")), asdict(recipe)):
         raise RecipeError(
             f"resume: {folder} was started with another recipe ({changes}): choose another --output or move it away"
         )
